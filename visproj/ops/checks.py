@@ -1,0 +1,52 @@
+"""Argument checks that the operations share. Every message names the argument and both values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has exactly the shape ``wanted``."""
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{name} must have shape {list(wanted)}, got {list(tensor.shape)}")
+
+
+def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless both tensors are floating, on one device and, outside autocast, of one dtype.
+
+    Raises:
+        TypeError: If the dtypes differ or are not floating point.
+        ValueError: If the devices differ.
+    """
+    check_floating(name, tensor)
+    check_device(name, tensor, like_name, like)
+    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(
+            f"{name} and {like_name} must have one dtype, got {tensor.dtype} and {like.dtype}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ``ValueError`` unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} and {like_name} must be on one device, got {tensor.device} and {like.device}"
+        )
+
+
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as a matrix product would take them under the ambient autocast, if any."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) for tensor in tensors)

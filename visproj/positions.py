@@ -1,0 +1,154 @@
+"""2-D sine-cosine position tables: building, bicubic resizing, and a cache of resized ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def sincos_position_table(dim: int, grid: Grid = (16, 16)) -> Tensor:
+    """Fixed 2-D sine-cosine embedding of every cell of a grid, column (width) first.
+
+    With ``ω_k = 10000^(-4k / dim)``, ``k = 0 .. dim/4 - 1``, the row of the cell in row ``i`` and
+    column ``j`` is ``[sin(j ω), cos(j ω), sin(i ω), cos(i ω)]``. Computed in fp64.
+
+    Args:
+        dim: Width of the table, a multiple of 4.
+        grid: Rows and columns.
+
+    Returns:
+        ``[rows * columns, dim]`` in the default dtype, cells in row-major order.
+
+    Raises:
+        ValueError: If ``dim`` is not a positive multiple of 4 or the grid is empty.
+
+    Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, after MAE ``util/pos_embed.py``.
+    """
+    if dim <= 0 or dim % 4:
+        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim}")
+    rows, columns = check_grid(grid)
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
+
+    def axis(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # [length, dim / 2]
+
+    by_column = axis(columns)[None].expand(rows, -1, -1)
+    by_row = axis(rows)[:, None].expand(-1, columns, -1)
+    table = torch.cat([by_column, by_row], dim=2).reshape(rows * columns, dim)
+    return table.to(torch.get_default_dtype())
+
+
+def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resize a position table from one grid to another, as upstream does.
+
+    Bicubic interpolation (``align_corners=False``) over the grid, in fp32, cast back to the table's
+    dtype. The same grid returns the table itself.
+
+    Args:
+        table: ``[source rows * source columns, D]``, floating.
+        source: Rows and columns of ``table``.
+        target: Rows and columns wanted.
+
+    Returns:
+        ``[target rows * target columns, D]``, dtype and device of ``table``.
+
+    Raises:
+        ValueError: If ``table`` has another number of rows than ``source`` says.
+    """
+    if table.shape[0] != math.prod(check_grid(source)):
+        raise ValueError(
+            f"table has {table.shape[0]} rows, but a {source[0]}x{source[1]} grid has "
+            f"{math.prod(source)}"
+        )
+    if source == target:
+        return table
+    rows, columns = check_grid(target)
+    planes = table.float().reshape(1, *source, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(planes, size=(rows, columns), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
+
+
+def check_grid(grid: Grid) -> Grid:
+    """Return ``grid`` as two positive ints or raise ``ValueError`` naming what was got."""
+    if len(grid) != 2 or any(isinstance(n, bool) or int(n) != n or n < 1 for n in grid):
+        raise ValueError(f"grid must be two positive integers (rows, columns), got {grid!r}")
+    return int(grid[0]), int(grid[1])
+
+
+def grid_of(tokens: int, grid: Grid | None) -> Grid:
+    """The grid that ``tokens`` visual tokens (CLS removed) lie on.
+
+    Raises:
+        ValueError: If ``grid`` holds another number of cells, or if it is ``None`` and ``tokens``
+            is not a square number.
+    """
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens or not tokens:
+            raise ValueError(
+                f"{tokens} visual tokens (CLS removed) form no square grid: pass grid=(rows, "
+                "columns), and check has_cls"
+            )
+        return side, side
+    rows, columns = check_grid(grid)
+    if rows * columns != tokens:
+        raise ValueError(
+            f"grid {rows}x{columns} has {rows * columns} cells, but there are {tokens} visual "
+            "tokens (CLS removed)"
+        )
+    return rows, columns
+
+
+class PositionCache:
+    """Resized copies of one frozen position table, rebuilt whenever the table may have changed.
+
+    An entry is used only while the table is the same tensor at the same version and address.
+    Nothing is kept while compiling, exporting or capturing a CUDA graph, for a table that trains,
+    or for one that a training engine keeps in pieces. Copies and pickles of the cache are empty.
+    """
+
+    _CAPACITY = 16
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Grid, Grid], tuple[Tensor, tuple[int, int], Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget every resized table."""
+        self._entries.clear()
+
+    def resize(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
+        """Same as :func:`resize_position_table`, remembered where that is safe."""
+        if source == target or not _cacheable(table):
+            return resize_position_table(table, source, target)
+        key, state = (source, target), (table._version, table.data_ptr())
+        entry = self._entries.get(key)
+        if entry is not None and entry[0] is table and entry[1] == state:
+            return entry[2]
+        # A tensor made under inference_mode could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            resized = resize_position_table(table, source, target)
+        if len(self._entries) >= self._CAPACITY:
+            self.clear()
+        self._entries[key] = (table, state, resized)
+        return resized
+
+    def __reduce__(self) -> tuple[type[PositionCache], tuple[()]]:
+        return PositionCache, ()
+
+
+def _cacheable(table: Tensor) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or table.requires_grad
+        or table.is_inference()
+        or table.is_meta
+        or type(table) not in (Tensor, torch.nn.Parameter)
+        or hasattr(table, "ds_id")
+        or (table.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

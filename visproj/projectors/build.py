@@ -1,0 +1,48 @@
+"""One function that builds any of the projectors by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from visproj.projectors.linear import LinearProjector
+from visproj.projectors.perceiver import PerceiverProjector
+from visproj.projectors.vit import ViTProjector
+
+_PROJECTORS: dict[str, Any] = {
+    "baseline": LinearProjector,
+    "vit": ViTProjector,
+    "perceiver": PerceiverProjector,
+}
+KINDS = tuple(_PROJECTORS)
+ENCODERS = ("clip", "qwen-vl")
+
+
+def build_projector(
+    kind: str, vis_config: object, lang_dim: int, *, encoder: str = "clip"
+) -> nn.Module:
+    """Build the projector that DeepSpeed-VisualChat calls ``kind``.
+
+    Args:
+        kind: ``"baseline"``, ``"vit"`` or ``"perceiver"``.
+        vis_config: A ``CLIPVisionConfig`` or any object with its fields; for ``baseline`` and
+            ``perceiver`` the vision width will do.
+        lang_dim: Width of the language model.
+        encoder: ``"clip"``, or ``"qwen-vl"`` for the Qwen-VL vision encoder, which takes
+            ``baseline`` only.
+
+    Raises:
+        TypeError: If ``vis_config`` lacks a field.
+        ValueError: If ``kind`` or ``encoder`` is unknown or they do not go together.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown projector kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if encoder not in ENCODERS:
+        raise ValueError(f"unknown encoder {encoder!r}, expected one of {', '.join(ENCODERS)}")
+    if encoder == "qwen-vl" and kind != "baseline":
+        raise ValueError(
+            f"the qwen-vl encoder takes the baseline projector, not {kind!r}: it ends in a "
+            "Perceiver resampler of its own and its 256 tokens hold no CLS"
+        )
+    return _PROJECTORS[kind](vis_config, lang_dim)

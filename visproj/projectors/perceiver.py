@@ -1,0 +1,196 @@
+"""The Perceiver resampler: learned queries attend to the visual tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visproj import ops
+from visproj.ops.cross_attention import check_masks
+from visproj.positions import Grid, PositionCache, check_grid, grid_of, sincos_position_table
+from visproj.projectors.config import check_features, check_heads, check_width, vision_width
+from visproj.projectors.fusion import is_plain_attention, linear_layer_norm
+
+
+class PerceiverProjector(nn.Module):
+    """Resample any number of visual tokens into a fixed number of language-model tokens.
+
+    ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
+    multi-head attention; then ``LN`` and ``Linear``. Every LayerNorm has eps 1e-12. ``pos`` is a
+    frozen 2-D sine-cosine table over the query grid, ``pos_k`` the same table resized bicubically
+    to the grid of the features. The queries are normalised and projected once a call.
+
+    State-dict keys: ``query [Q, D]``, ``pos_embed [Q, D]``, ``kv_proj.{weight [D, C], bias}``,
+    ``attn.{in_proj_weight [3D, D], in_proj_bias, out_proj.weight, out_proj.bias}``,
+    ``ln_q.*``, ``ln_kv.*``, ``projection.0.*`` (LayerNorm), ``projection.1.*`` (Linear). Fresh
+    weights follow upstream's rule: truncated normal of deviation 0.02 for queries and Linears,
+    zero biases, Xavier for ``in_proj_weight``, which that rule does not touch.
+
+    Args:
+        vis_config: A ``CLIPVisionConfig``, any object with ``hidden_size``, or the width ``C``.
+        lang_dim: Width ``D`` of the language model, a multiple of 4.
+        query_grid: Rows and columns of the learned queries; ``Q`` is their product.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        has_cls: Whether the first visual token is a CLS token, to be dropped.
+
+    Raises:
+        TypeError: If ``vis_config`` has no width.
+        ValueError: If the heads do not divide ``D``, ``D`` is no multiple of 4, or a width or grid
+            is not positive.
+
+    Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
+    """
+
+    def __init__(
+        self,
+        vis_config: object,
+        lang_dim: int,
+        *,
+        query_grid: Grid = (16, 16),
+        num_heads: int | None = None,
+        has_cls: bool = True,
+    ) -> None:
+        super().__init__()
+        check_width("lang_dim", lang_dim)
+        self.vis_dim = vision_width(vis_config)
+        self.embed_dim = lang_dim
+        self.query_grid = check_grid(query_grid)
+        self.num_queries = math.prod(self.query_grid)
+        default_heads = max(1, lang_dim // 128)
+        self.num_heads = check_heads(lang_dim, default_heads if num_heads is None else num_heads)
+        self.has_cls = has_cls
+        self._positions = PositionCache()
+
+        table = sincos_position_table(lang_dim, self.query_grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.query = nn.Parameter(torch.empty(self.num_queries, lang_dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.kv_proj = nn.Linear(self.vis_dim, lang_dim)
+        self.attn = nn.MultiheadAttention(lang_dim, self.num_heads)
+        self.ln_q = nn.LayerNorm(lang_dim, eps=1e-12)
+        self.ln_kv = nn.LayerNorm(lang_dim, eps=1e-12)
+        self.projection = nn.Sequential(
+            nn.LayerNorm(lang_dim, eps=1e-12), nn.Linear(lang_dim, lang_dim)
+        )
+        self.apply(_init_weights)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        grid: Grid | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Resample visual tokens.
+
+        Args:
+            x: ``[..., 1 + L, C]`` with CLS, ``[..., L, C]`` with ``has_cls=False``. ``B`` below is
+                the product of the leading dimensions.
+            attn_mask: ``[Q, L]`` or ``[B * heads, Q, L]`` with index ``b * heads + h``; bool, True
+                = masked out, or floating, added to the scores.
+            key_padding_mask: bool ``[..., L]``, True = padding.
+            grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``.
+            return_attention: Also return the attention probabilities.
+
+        Returns:
+            ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32. A
+            query whose keys are all masked gets an attention output of zero.
+
+        Raises:
+            TypeError: If ``x`` or a mask has an unsuitable dtype.
+            ValueError: If the tokens fit no grid or ``grid`` does not fit them, or if a shape or
+                device does not fit.
+        """
+        check_features(x, self.vis_dim)
+        lead = x.shape[:-2]
+        features = (x[..., 1:, :] if self.has_cls else x).reshape(
+            math.prod(lead), x.shape[-2] - self.has_cls, self.vis_dim
+        )
+        if key_padding_mask is not None and key_padding_mask.shape[:-1] == lead:
+            key_padding_mask = key_padding_mask.reshape(features.shape[:2])
+        grid = grid_of(features.shape[1], grid)
+
+        values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
+        queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
+        keys = values + self._positions.resize(self.pos_embed, self.query_grid, grid)
+        attend = (
+            self._attend
+            if is_plain_attention(self.attn, self.embed_dim)
+            else self._attend_by_module
+        )
+        out, maps = attend(
+            queries,
+            keys,
+            values,
+            return_attention,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+        )
+        out = self.projection(out).unflatten(0, lead)
+        return out if maps is None else (out, maps.unflatten(0, lead))
+
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        return_attention: bool,
+        **masks: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention with the weights of ``self.attn``: ``[B, Q, D]``, maps ``[B, heads, Q, L]``."""
+        weights = self.attn.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.attn.in_proj_bias is None else self.attn.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(tokens, weight, bias).unflatten(-1, (self.attn.num_heads, -1))
+            for tokens, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
+        )
+        out = self.attn.out_proj(ops.cross_attention(q, k, v, **masks).flatten(-2))
+        return out, ops.cross_attention_maps(q, k, **masks) if return_attention else None
+
+    def _attend_by_module(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        return_attention: bool,
+        **masks: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same by calling ``self.attn``, whatever has taken its place."""
+        batch, length, _ = keys.shape
+        check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
+        q = queries[:, None].expand(-1, batch, -1)  # [Q, B, D]
+        k, v = keys.transpose(0, 1), values.transpose(0, 1)
+        out = self.attn(q, k, v, need_weights=False, **masks)[0].transpose(0, 1)
+        if not return_attention:
+            return out, None
+        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1]
+        return out, maps.float().nan_to_num(0.0)
+
+    def extra_repr(self) -> str:
+        """What the children do not show."""
+        return f"query_grid={self.query_grid}, num_heads={self.num_heads}, has_cls={self.has_cls}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PerceiverProjector:
+        self._positions.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._positions.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Upstream's rule, which passes over ``in_proj_weight`` because that is no ``nn.Linear``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+VisProjection_perceiver = PerceiverProjector

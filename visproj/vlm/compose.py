@@ -1,0 +1,183 @@
+"""Putting visual tokens where their placeholders stand in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class VisualSequence(NamedTuple):
+    """What a causal language model takes: one row a sample, text and visual tokens in order.
+
+    Attributes:
+        inputs_embeds: ``[B, T', D]``, zero at padding.
+        attention_mask: ``[B, T']``: 0 at padding, ``visual_mask_value`` at visual tokens, elsewhere
+            the mask that came in.
+        labels: ``[B, T']`` with -100 at visual tokens and padding, or ``None``.
+        position_ids: ``[B, T']``, counting the attended tokens of a row from 0.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None
+    position_ids: Tensor
+
+
+def insert_visual_tokens(
+    text_embeds: Tensor,
+    input_ids: Tensor,
+    visual_tokens: Tensor,
+    images_per_sample: Sequence[int] | Tensor,
+    image_token_id: int,
+    *,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    pad_to_multiple_of: int | None = None,
+    padding_side: Literal["left", "right"] = "right",
+    visual_mask_value: int = 1,
+) -> VisualSequence:
+    """Replace every image placeholder by its image's visual tokens.
+
+    The images of the batch come in reading order: sample by sample, and within a sample in the
+    order of the placeholders. Padding (masked positions at either end of a row) is cut off and put
+    back on ``padding_side``, so rows end up as long as the longest one needs. Differentiable in
+    ``text_embeds`` and ``visual_tokens``.
+
+    Args:
+        text_embeds: ``[B, T, D]`` embeddings of ``input_ids``; what stands at placeholders is
+            ignored.
+        input_ids: ``[B, T]``, integer.
+        visual_tokens: ``[N, K, D]``, ``K`` tokens for each of the ``N`` images, cast to the dtype
+            of ``text_embeds``.
+        images_per_sample: ``B`` counts that add up to ``N``; 0 for a sample without images.
+        image_token_id: The id that marks a placeholder in ``input_ids``.
+        attention_mask: ``[B, T]``, 0 or False at padding; all ones when ``None``.
+        labels: ``[B, T]``, integer.
+        pad_to_multiple_of: Round the row length up to a multiple of this.
+        padding_side: ``"right"``, or ``"left"`` for ``generate``.
+        visual_mask_value: What the attention mask holds at visual tokens. DeepSpeed-VisualChat
+            trains with 2, and with ``pad_to_multiple_of=8``.
+
+    Returns:
+        A :class:`VisualSequence`.
+
+    Raises:
+        TypeError: If ``input_ids`` is not integer or embeddings are not floating point.
+        ValueError: If shapes or devices do not fit, or if a sample holds another number of
+            placeholders than ``images_per_sample`` says; the message names the sample.
+
+    Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``concat``, which drops samples
+    without images and gives a sample's images to its placeholders in reverse order.
+    """
+    _check(text_embeds, input_ids, visual_tokens, attention_mask, labels, padding_side)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.dtype == torch.bool and visual_mask_value not in (0, 1):
+        raise ValueError(f"a bool attention_mask cannot hold visual_mask_value {visual_mask_value}")
+    kept = _without_padding(attention_mask != 0)
+    placeholder = (input_ids == image_token_id) & kept
+    _check_counts(placeholder.sum(1), images_per_sample, visual_tokens.shape[0])
+
+    per_image = visual_tokens.shape[1]
+    slots = torch.where(placeholder, per_image, 1) * kept
+    lengths = slots.sum(1)
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if pad_to_multiple_of:
+        longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    start = slots.cumsum(1) - slots
+    if padding_side == "left":
+        start = start + (longest - lengths)[:, None]
+
+    text_row, text_column = (kept & ~placeholder).nonzero(as_tuple=True)
+    text_at = (text_row, start[text_row, text_column])
+    image_row, image_column = placeholder.nonzero(as_tuple=True)
+    within = torch.arange(per_image, device=input_ids.device)
+    visual_at = (image_row[:, None], start[image_row, image_column][:, None] + within)  # [N, K]
+
+    shape = (input_ids.shape[0], longest)
+    embeds = text_embeds.new_zeros(*shape, text_embeds.shape[-1])
+    embeds = embeds.index_put(text_at, text_embeds[text_row, text_column])
+    embeds = embeds.index_put(visual_at, visual_tokens.to(text_embeds.dtype))
+    mask = attention_mask.new_zeros(shape)
+    mask[text_at] = attention_mask[text_row, text_column]
+    mask[visual_at] = visual_mask_value
+    if labels is not None:
+        text_labels = labels[text_row, text_column]
+        labels = labels.new_full(shape, IGNORE_INDEX)
+        labels[text_at] = text_labels
+    position_ids = ((mask != 0).cumsum(1) - 1).clamp(min=0)
+    return VisualSequence(embeds, mask, labels, position_ids)
+
+
+def _without_padding(attended: Tensor) -> Tensor:
+    """True from the first attended position of a row to its last."""
+    seen = attended.cumsum(1) > 0
+    still_to_come = attended.flip(1).cumsum(1).flip(1) > 0
+    return seen & still_to_come
+
+
+def _check(
+    text_embeds: Tensor,
+    input_ids: Tensor,
+    visual_tokens: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    padding_side: str,
+) -> None:
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(
+            f"input_ids must be integer [B, T], got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    for name, embeds in (("text_embeds", text_embeds), ("visual_tokens", visual_tokens)):
+        if not embeds.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {embeds.dtype}")
+        if embeds.ndim != 3:
+            raise ValueError(f"{name} must have 3 dimensions, got shape {list(embeds.shape)}")
+    if text_embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"text_embeds must be [B, T, D] with [B, T] = {list(input_ids.shape)}, "
+            f"got {list(text_embeds.shape)}"
+        )
+    if visual_tokens.shape[2] != text_embeds.shape[2]:
+        raise ValueError(
+            f"visual_tokens are {visual_tokens.shape[2]} wide, text_embeds {text_embeds.shape[2]}"
+        )
+    for name, extra in (("attention_mask", attention_mask), ("labels", labels)):
+        if extra is not None and extra.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must be [B, T] = {list(input_ids.shape)}, got {list(extra.shape)}"
+            )
+    devices = {t.device for t in (text_embeds, input_ids, visual_tokens)}
+    if len(devices) > 1:
+        raise ValueError(
+            "text_embeds, input_ids and visual_tokens must be on one device, got "
+            + ", ".join(sorted(map(str, devices)))
+        )
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+
+
+def _check_counts(
+    found: Tensor, images_per_sample: Sequence[int] | Tensor, num_images: int
+) -> None:
+    counts = [int(count) for count in images_per_sample]
+    if len(counts) != found.numel():
+        raise ValueError(
+            f"images_per_sample has {len(counts)} entries for a batch of {found.numel()}"
+        )
+    for sample, (placeholders, count) in enumerate(zip(found.tolist(), counts, strict=True)):
+        if placeholders != count:
+            raise ValueError(
+                f"sample {sample} holds {placeholders} image placeholders, but images_per_sample "
+                f"says {count}"
+            )
+    if sum(counts) != num_images:
+        raise ValueError(
+            f"images_per_sample adds up to {sum(counts)}, but visual_tokens holds {num_images} "
+            "images"
+        )
