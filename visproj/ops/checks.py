@@ -29,7 +29,7 @@ def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None
     """
     check_floating(name, tensor)
     check_device(name, tensor, like_name, like)
-    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if tensor.dtype != like.dtype and not _autocasts(like.device):
         raise TypeError(
             f"{name} and {like_name} must have one dtype, got {tensor.dtype} and {like.dtype}"
         )
@@ -45,8 +45,13 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as a matrix product would take them under the ambient autocast, if any."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    device = tensors[0].device
+    if not _autocasts(device) or tensors[0].dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _autocasts(device: torch.device) -> bool:
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

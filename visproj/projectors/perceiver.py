@@ -113,9 +113,10 @@ class PerceiverProjector(nn.Module):
         features = (x[..., 1:, :] if self.has_cls else x).reshape(
             math.prod(lead), x.shape[-2] - self.has_cls, self.vis_dim
         )
-        if key_padding_mask is not None and key_padding_mask.shape[:-1] == lead:
-            key_padding_mask = key_padding_mask.reshape(features.shape[:2])
-        grid = grid_of(features.shape[1], grid)
+        batch, length = features.shape[:2]
+        if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
+            key_padding_mask = key_padding_mask.reshape(batch, length)
+        grid = grid_of(length, grid)
 
         values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
         queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
@@ -133,8 +134,9 @@ class PerceiverProjector(nn.Module):
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
         )
-        out = self.projection(out).unflatten(0, lead)
-        return out if maps is None else (out, maps.unflatten(0, lead))
+        out = self.projection(out)
+        out = out.reshape(*lead, *out.shape[1:])
+        return out if maps is None else (out, maps.reshape(*lead, *maps.shape[1:]))
 
     def _attend(
         self,

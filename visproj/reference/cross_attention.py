@@ -41,8 +41,8 @@ def cross_attention_maps_ref(
     batch, _, heads, width = k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask, dead = _merge_masks(attn_mask, key_padding_mask, batch, heads, dtype)
+    q, k = _by_head(q, batch).to(dtype), _by_head(k, batch).to(dtype)
     with torch.autocast(q.device.type, enabled=False):
-        q, k = _by_head(q, batch).to(dtype), _by_head(k, batch).to(dtype)
         scores = q @ k.transpose(-1, -2) / math.sqrt(width)
     if mask is not None:
         scores = scores.masked_fill(~mask, _NEG_INF) if mask.dtype == torch.bool else scores + mask

@@ -1,0 +1,214 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visproj import insert_visual_tokens
+from visproj.vlm.compose import IGNORE_INDEX
+
+IMAGE, WIDTH = 99, 3
+
+
+def by_hand(embeds, ids, images, counts, mask, labels, multiple, side, value):
+    """The same, one token at a time."""
+    images = list(images)
+    rows = []
+    for b in range(len(ids)):
+        attended = [t for t in range(len(ids[b])) if mask[b, t]]
+        row = []
+        for t in range(attended[0], attended[-1] + 1) if attended else ():
+            if ids[b, t] == IMAGE:
+                row += [(token, value, IGNORE_INDEX) for token in images.pop(0)]
+            else:
+                row.append((embeds[b, t], int(mask[b, t]), int(labels[b, t])))
+        rows.append(row)
+    longest = max(map(len, rows), default=0)
+    longest = -(-longest // multiple) * multiple
+    pad = (torch.zeros(WIDTH), 0, IGNORE_INDEX)
+    rows = [
+        r + [pad] * (longest - len(r)) if side == "right" else [pad] * (longest - len(r)) + r
+        for r in rows
+    ]
+    out = [[[cell[i] for cell in row] for row in rows] for i in range(3)]
+    if longest:
+        embeds = torch.stack([torch.stack(row) for row in out[0]])
+    else:
+        embeds = torch.zeros(len(rows), 0, WIDTH)
+    return embeds, torch.tensor(out[1]), torch.tensor(out[2])
+
+
+@st.composite
+def batches(draw):
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    token = st.integers(0, 5).map(lambda t: IMAGE if t == 5 else t)
+    ids = torch.tensor([[draw(token) for _ in range(length)] for _ in range(batch)])
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for b in range(batch):
+        left, right = draw(st.integers(0, length)), draw(st.integers(0, length))
+        mask[b, :left] = 0
+        mask[b, length - right :] = 0
+        if draw(st.booleans()) and ids[b, length // 2] != IMAGE:
+            mask[b, length // 2] = 0
+    return ids, mask
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=batches(),
+    per_image=st.integers(0, 4),
+    multiple=st.sampled_from([1, 8]),
+    side=st.sampled_from(["left", "right"]),
+    value=st.sampled_from([1, 2]),
+)
+def test_token_by_token(batch, per_image, multiple, side, value):
+    ids, mask = batch
+    embeds = torch.randn(*ids.shape, WIDTH)
+    labels = torch.randint(0, 50, ids.shape)
+    inside = (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+    counts = ((ids == IMAGE) & inside).sum(1)
+    images = torch.randn(int(counts.sum()), per_image, WIDTH)
+    got = insert_visual_tokens(
+        embeds,
+        ids,
+        images,
+        counts,
+        IMAGE,
+        attention_mask=mask,
+        labels=labels,
+        pad_to_multiple_of=multiple,
+        padding_side=side,
+        visual_mask_value=value,
+    )
+    wanted = by_hand(embeds, ids, images, counts, mask, labels, multiple, side, value)
+    assert torch.equal(got.inputs_embeds, wanted[0])
+    assert torch.equal(got.attention_mask, wanted[1])
+    assert torch.equal(got.labels, wanted[2])
+    attended = got.attention_mask != 0
+    for row, positions in zip(attended, got.position_ids, strict=True):
+        assert positions[row].tolist() == list(range(int(row.sum())))
+
+
+def sample():
+    ids = torch.tensor([[1, IMAGE, 2, IMAGE], [3, 4, 0, 0], [IMAGE, 5, 6, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    return torch.randn(3, 4, WIDTH), ids, torch.randn(3, 2, WIDTH), [2, 0, 1], mask
+
+
+def test_upstreams_training_form():
+    embeds, ids, images, counts, mask = sample()
+    out = insert_visual_tokens(
+        embeds,
+        ids,
+        images,
+        counts,
+        IMAGE,
+        attention_mask=mask,
+        labels=ids,
+        pad_to_multiple_of=8,
+        visual_mask_value=2,
+    )
+    assert out.attention_mask.tolist() == [
+        [1, 2, 2, 1, 2, 2, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [2, 2, 1, 1, 0, 0, 0, 0],
+    ]
+    i = IGNORE_INDEX
+    assert out.labels.tolist() == [
+        [1, i, i, 2, i, i, i, i],
+        [3, 4, i, i, i, i, i, i],
+        [i, i, 5, 6, i, i, i, i],
+    ]
+    assert out.position_ids.tolist()[0] == [0, 1, 2, 3, 4, 5, 5, 5]
+    # The first image stands at the first placeholder; upstream reverses them.
+    assert torch.equal(out.inputs_embeds[0, 1:3], images[0])
+    assert torch.equal(out.inputs_embeds[0, 4:6], images[1])
+
+
+def test_left_padding_for_generation():
+    embeds, ids, images, counts, mask = sample()
+    out = insert_visual_tokens(
+        embeds, ids, images, counts, IMAGE, attention_mask=mask.bool(), padding_side="left"
+    )
+    assert out.attention_mask.dtype == torch.bool
+    assert out.attention_mask.long().tolist() == [
+        [1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 1, 1, 1, 1],
+    ]
+    assert out.labels is None
+    assert out.position_ids[1].tolist() == [0, 0, 0, 0, 0, 1]
+    assert torch.equal(out.inputs_embeds[1, 4:], embeds[1, :2])
+
+
+def test_gradients_reach_text_and_images():
+    embeds, ids, images, counts, mask = sample()
+    embeds, images = embeds.double().requires_grad_(), images.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda e, v: insert_visual_tokens(e, ids, v, counts, IMAGE, attention_mask=mask)[0],
+        (embeds, images),
+    )
+
+
+def test_visual_tokens_take_the_texts_dtype():
+    embeds, ids, images, counts, _ = sample()
+    out = insert_visual_tokens(embeds.bfloat16(), ids, images, torch.tensor(counts), IMAGE)
+    assert out.inputs_embeds.dtype == torch.bfloat16
+    assert torch.equal(out.inputs_embeds[2, :2], images[2].bfloat16())
+
+
+def test_text_only_batch():
+    ids = torch.tensor([[1, 2]])
+    embeds = torch.randn(1, 2, WIDTH)
+    out = insert_visual_tokens(embeds, ids, torch.empty(0, 4, WIDTH), [0], IMAGE)
+    assert torch.equal(out.inputs_embeds, embeds)
+
+
+BAD = {
+    "sample named": (
+        ValueError,
+        "sample 0 holds 2 image placeholders.*says 1",
+        {"counts": [1, 1, 1]},
+    ),
+    "entries": (ValueError, "images_per_sample has 2 entries for a batch of 3", {"counts": [2, 1]}),
+    "image total": (
+        ValueError,
+        "adds up to 3, but visual_tokens holds 4",
+        {"images": torch.zeros(4, 2, 3)},
+    ),
+    "width": (
+        ValueError,
+        "visual_tokens are 5 wide, text_embeds 3",
+        {"images": torch.zeros(3, 2, 5)},
+    ),
+    "rank": (ValueError, "visual_tokens must have 3 dimensions", {"images": torch.zeros(3, 3)}),
+    "integer": (
+        TypeError,
+        "visual_tokens must be floating",
+        {"images": torch.zeros(3, 2, 3).long()},
+    ),
+    "float ids": (TypeError, "input_ids must be integer", {"ids": torch.zeros(3, 4)}),
+    "ids shape": (ValueError, "text_embeds must be", {"ids": torch.zeros(3, 5).long()}),
+    "mask shape": (ValueError, "attention_mask must be", {"attention_mask": torch.ones(3, 3)}),
+    "labels shape": (ValueError, "labels must be", {"labels": torch.ones(3, 3).long()}),
+    "side": (ValueError, "padding_side must be", {"padding_side": "both"}),
+    "bool mask of 2": (
+        ValueError,
+        "bool attention_mask cannot hold",
+        {"attention_mask": torch.ones(3, 4).bool(), "visual_mask_value": 2},
+    ),
+    "device": (
+        ValueError,
+        "one device, got cpu, meta",
+        {"images": torch.zeros(3, 2, 3, device="meta")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    error, message, change = BAD[case]
+    embeds, ids, images, counts, _ = sample()
+    given = {"ids": ids, "images": images, "counts": counts, **change}
+    ids, images, counts = (given.pop(name) for name in ("ids", "images", "counts"))
+    with pytest.raises(error, match=message):
+        insert_visual_tokens(embeds, ids, images, counts, IMAGE, **given)
