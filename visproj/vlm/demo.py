@@ -1,0 +1,189 @@
+"""The demo: photographs through an encoder and every projector, beside a prompt's embeddings."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from visproj.projectors import KINDS, PerceiverProjector, build_projector
+from visproj.reference import projector_ref
+from visproj.vlm.compose import insert_visual_tokens
+from visproj.vlm.encoders import VisionEncoder, load_encoder
+from visproj.vlm.figures import (
+    attention_figure,
+    features_figure,
+    pca_colours,
+    positions_figure,
+    save_figure,
+)
+from visproj.vlm.language import IMAGE_TOKEN, LanguageEmbedding, load_language_embedding
+from visproj.vlm.photographs import Photograph, load_photographs
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """What one projector did.
+
+    Attributes:
+        kind: ``baseline``, ``vit`` or ``perceiver``.
+        parameters: Their number, frozen ones included.
+        tokens_in: Tokens an image of the encoder, CLS included.
+        tokens_out: Tokens an image for the language model.
+        milliseconds: Median time an image, the photographs taken as one batch.
+        max_error: Largest absolute difference to the fp64 reference.
+        sequence: Shape of the embeddings with the prompt, ``(images, tokens, D)``.
+    """
+
+    kind: str
+    parameters: int
+    tokens_in: int
+    tokens_out: int
+    milliseconds: float
+    max_error: float
+    sequence: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Everything the demo has to tell: names, one row a projector, the pictures written."""
+
+    encoder: str
+    language: str
+    photographs: list[str]
+    rows: list[DemoRow]
+    pictures: list[Path]
+
+
+def run_demo(
+    images: Sequence[Path | str] = (),
+    *,
+    kinds: Sequence[str] = KINDS,
+    encoder: str | None = None,
+    prompt: str = "Describe the photograph.",
+    out: Path = Path("visproj-demo"),
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> DemoReport:
+    """Project photographs with untrained projectors and draw what there is to see.
+
+    Nothing is written before every input has been read and every projector has run. The global
+    random state stays as it was.
+
+    Args:
+        images: Image files; none means scikit-learn's two photographs.
+        kinds: Projectors to run.
+        encoder: CLIP or DINOv2 model, a directory or a name on the hub; None is the offline one.
+        prompt: Text beside each image, which stands where ``<image>`` does, or else in front.
+        out: Folder for the pictures, made if it is missing.
+        seed: Seeds each projector's initialisation.
+        progress: Called with a few words as each stage begins.
+
+    Raises:
+        ValueError: An unknown kind, or an input that cannot be used.
+        FileNotFoundError: An image does not exist.
+        NotADirectoryError: ``out`` is a file.
+        ConnectionError: A model has to be fetched and cannot be.
+        ModuleNotFoundError: A package of the extra ``demo`` is not installed.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"the output folder {out} is a file")
+    if prompt.count(IMAGE_TOKEN) > 1:
+        raise ValueError(f"the prompt {prompt!r} has more than one {IMAGE_TOKEN}")
+    if IMAGE_TOKEN not in prompt:
+        prompt = f"{IMAGE_TOKEN}\n{prompt}"
+    photographs = load_photographs(images)
+    progress("loading the vision encoder")
+    eye = load_encoder(encoder)
+    progress("loading the language model's embedding table")
+    language = load_language_embedding()
+    projectors = {kind: _untrained(kind, eye, language, seed) for kind in kinds}
+
+    progress("encoding the photographs")
+    features = eye.encode(eye.preprocess([photograph.image for photograph in photographs]))
+    rows = []
+    for kind, projector in projectors.items():
+        progress(f"running the {kind} projector")
+        rows.append(_measure(kind, projector, features, prompt, language))
+
+    progress("drawing")
+    pictures = _draw(photographs, eye, features, projectors, language, out)
+    names = [photograph.name for photograph in photographs]
+    return DemoReport(eye.name, language.name, names, rows, pictures)
+
+
+def _untrained(kind: str, eye: VisionEncoder, language: LanguageEmbedding, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return build_projector(kind, eye.config, language.table.shape[1]).eval()
+
+
+@torch.inference_mode()
+def _measure(
+    kind: str, projector: nn.Module, features: Tensor, prompt: str, language: LanguageEmbedding
+) -> DemoRow:
+    tokens = projector(features)  # [N, K, D]
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        projector(features)
+        seconds.append(time.perf_counter() - begin)
+    return DemoRow(
+        kind=kind,
+        parameters=sum(parameter.numel() for parameter in projector.parameters()),
+        tokens_in=features.shape[1],
+        tokens_out=tokens.shape[1],
+        milliseconds=1000 * statistics.median(seconds) / len(features),
+        max_error=float((tokens - projector_ref(projector, features)).abs().max()),
+        sequence=tuple(compose(tokens, prompt, language).shape),
+    )
+
+
+def compose(tokens: Tensor, prompt: str, language: LanguageEmbedding) -> Tensor:
+    """Embeddings ``[N, T, D]``: one sample an image, its tokens inside the prompt's.
+
+    Args:
+        tokens: Visual tokens ``[N, K, D]``.
+        prompt: Text with one ``<image>`` in it.
+        language: Where the prompt's ids and embeddings come from.
+
+    Raises:
+        ValueError: The prompt has another number of ``<image>`` than one.
+    """
+    count = len(tokens)
+    ids = language.encode(prompt).expand(count, -1)
+    return insert_visual_tokens(
+        language.embed(ids), ids, tokens, [1] * count, language.image_token_id
+    ).inputs_embeds
+
+
+def _draw(
+    photographs: list[Photograph],
+    eye: VisionEncoder,
+    features: Tensor,
+    projectors: dict[str, nn.Module],
+    language: LanguageEmbedding,
+    out: Path,
+) -> list[Path]:
+    width = language.table.shape[1]
+    pictures = [save_figure(positions_figure(width), out / "positions.png")]
+    colours = pca_colours(features[:, 1:])
+    maps = None
+    if "perceiver" in projectors:
+        perceiver = cast(PerceiverProjector, projectors["perceiver"])
+        with torch.inference_mode():
+            _, maps = perceiver(features, return_attention=True)
+    for index, (name, image) in enumerate(photographs):
+        crop = eye.crop(image)
+        figure = features_figure(crop, colours[index], eye.grid, eye.name)
+        pictures.append(save_figure(figure, out / f"{name}-features.png"))
+        if maps is not None:
+            figure = attention_figure(crop, maps[index], eye.grid)
+            pictures.append(save_figure(figure, out / f"{name}-attention.png"))
+    return pictures

