@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Grid = tuple[int, int]
 
@@ -142,13 +147,33 @@ class PositionCache:
         return PositionCache, ()
 
 
+class PositionedModule(nn.Module):
+    """A module that resizes a position table, and forgets what it resized when tables may change.
+
+    Attributes:
+        _positions: The cache; empty after a cast, a move or loading.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._positions = PositionCache()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._positions.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._positions.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
 def _cacheable(table: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or table.requires_grad
         or table.is_inference()
         or table.is_meta
-        or type(table) not in (Tensor, torch.nn.Parameter)
+        or type(table) not in (Tensor, nn.Parameter)
         or hasattr(table, "ds_id")
         or (table.is_cuda and torch.cuda.is_current_stream_capturing())
     )

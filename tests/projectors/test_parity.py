@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import EagerPerceiver, features, make, randomise, rms_error
+from helpers import features, make, randomise, rms_error
 from torch import nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from benchmarks.peers import UpstreamPerceiver
 from visproj import LinearProjector, PerceiverProjector, ViTProjector, build_projector
 from visproj.reference import perceiver_projector_ref, projector_ref
 
@@ -108,7 +109,7 @@ def test_perceiver_masks_and_maps(form, has_cls):
 @pytest.mark.parametrize("masks", [{}, {"attn_mask": "bool"}, {"attn_mask": "additive"}], ids=str)
 def test_perceiver_is_upstreams_multihead_attention(masks):
     """State dicts pass both ways and ``nn.MultiheadAttention`` agrees, masks included."""
-    eager = randomise(EagerPerceiver(32, 64, 4)).double()
+    eager = randomise(UpstreamPerceiver(32, 64, 4)).double()
     projector = PerceiverProjector(32, 64, num_heads=4).double()
     assert set(projector.state_dict()) == set(eager.state_dict())
     projector.load_state_dict(eager.state_dict(), strict=True)
@@ -163,7 +164,7 @@ def test_rounding_is_no_worse_than_eager(kind, dtype, device):
     x = features(2, 257, dtype=dtype, device=device)
     truth = projector_ref(projector, x)
     if kind == "perceiver":
-        eager = EagerPerceiver(32, 128, 1).to(device, dtype)
+        eager = UpstreamPerceiver(32, 128, 1).to(device, dtype)
         eager.load_state_dict(projector.state_dict())
         expected = eager(x)
     else:
@@ -221,7 +222,7 @@ def test_one_seed_gives_upstreams_weights():
     assert_same_state(ours, theirs)
 
     torch.manual_seed(7)
-    theirs = EagerPerceiver(32, 64, 4)
+    theirs = UpstreamPerceiver(32, 64, 4)
     torch.manual_seed(7)
     assert_same_state(PerceiverProjector(32, 64, num_heads=4), theirs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -44,6 +44,12 @@ class LinearProjector(nn.Sequential):
         if len(self) != 2:
             return super().forward(x)
         return linear_layer_norm(x, self[0], self[1])
+
+    def fold(self, **options: Any) -> nn.Module:
+        """Same as :func:`visproj.fold`."""
+        from visproj.folding import fold
+
+        return fold(self, **options)
 
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...

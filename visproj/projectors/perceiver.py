@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 
 from visproj import ops
 from visproj.ops.cross_attention import check_masks
-from visproj.positions import Grid, PositionCache, check_grid, grid_of, sincos_position_table
+from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
 from visproj.projectors.fusion import is_plain_attention, linear_layer_norm
 
 
-class PerceiverProjector(nn.Module):
+class PerceiverProjector(PositionedModule):
     """Resample any number of visual tokens into a fixed number of language-model tokens.
 
     ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
@@ -64,7 +63,6 @@ class PerceiverProjector(nn.Module):
         default_heads = max(1, lang_dim // 128)
         self.num_heads = check_heads(lang_dim, default_heads if num_heads is None else num_heads)
         self.has_cls = has_cls
-        self._positions = PositionCache()
 
         table = sincos_position_table(lang_dim, self.query_grid)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -109,14 +107,8 @@ class PerceiverProjector(nn.Module):
                 device does not fit.
         """
         check_features(x, self.vis_dim)
-        lead = x.shape[:-2]
-        features = (x[..., 1:, :] if self.has_cls else x).reshape(
-            math.prod(lead), x.shape[-2] - self.has_cls, self.vis_dim
-        )
-        batch, length = features.shape[:2]
-        if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
-            key_padding_mask = key_padding_mask.reshape(batch, length)
-        grid = grid_of(length, grid)
+        features, key_padding_mask = flatten_batch(x, key_padding_mask, self.has_cls)
+        grid = grid_of(features.shape[1], grid)
 
         values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
         queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
@@ -134,9 +126,7 @@ class PerceiverProjector(nn.Module):
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
         )
-        out = self.projection(out)
-        out = out.reshape(*lead, *out.shape[1:])
-        return out if maps is None else (out, maps.reshape(*lead, *maps.shape[1:]))
+        return unflatten_batch(self.projection(out), maps, x.shape[:-2])
 
     def _attend(
         self,
@@ -172,20 +162,40 @@ class PerceiverProjector(nn.Module):
         out = self.attn(q, k, v, need_weights=False, **masks)[0].transpose(0, 1)
         if not return_attention:
             return out, None
-        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1]
-        return out, maps.float().nan_to_num(0.0)
+        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1].float()
+        # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
+        sound = ~out.isnan().any(-1)[:, None, :, None]
+        return out, maps.masked_fill(sound & maps.isnan(), 0.0)
+
+    def fold(self, **options: Any) -> nn.Module:
+        """Same as :func:`visproj.fold`."""
+        from visproj.folding import fold
+
+        return fold(self, **options)
 
     def extra_repr(self) -> str:
         """What the children do not show."""
         return f"query_grid={self.query_grid}, num_heads={self.num_heads}, has_cls={self.has_cls}"
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PerceiverProjector:
-        self._positions.clear()
-        return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._positions.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+def flatten_batch(
+    x: Tensor, key_padding_mask: Tensor | None, has_cls: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``[..., (1+)L, C] -> [B, L, C]`` without CLS, and the mask ``[..., L] -> [B, L]`` alike."""
+    features = x[..., 1:, :] if has_cls else x
+    *lead, length, width = features.shape
+    batch = math.prod(lead)
+    if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
+        key_padding_mask = key_padding_mask.reshape(batch, length)
+    return features.reshape(batch, length, width), key_padding_mask
+
+
+def unflatten_batch(
+    out: Tensor, maps: Tensor | None, lead: torch.Size
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Give the leading dimensions back to ``[B, Q, D]`` and, if there are any, to the maps."""
+    out = out.reshape(*lead, *out.shape[1:])
+    return out if maps is None else (out, maps.reshape(*lead, *maps.shape[1:]))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,12 @@ class ViTProjector(nn.Module):
         if type(self.projection) is nn.Sequential and len(self.projection) == 2:
             return linear_layer_norm(x, self.projection[0], self.projection[1])
         return self.projection(x)
+
+    def fold(self, **options: Any) -> nn.Module:
+        """Same as :func:`visproj.fold`."""
+        from visproj.folding import fold
+
+        return fold(self, **options)
 
 
 VisProjection_vit = ViTProjector

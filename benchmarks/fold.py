@@ -1,0 +1,215 @@
+"""What folding a Perceiver buys on this machine's CPU: ``python -m benchmarks.fold``.
+
+Time as ratios of paired runs, memory as the peak above the weights in a process of its own,
+multiply-adds from torch's flop counter, errors against the fp64 oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from benchmarks.peers import UpstreamPerceiver
+from visproj import PerceiverProjector, fold
+from visproj.reference import projector_ref
+
+CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, 256
+console = Console(width=100)
+aten = torch.ops.aten
+
+
+def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The same weights three ways; upstream's module only in fp32, where it is no straw man."""
+    torch.manual_seed(0)
+    projector = PerceiverProjector(width, lang_dim).to(dtype)
+    built: dict[str, nn.Module] = {"fair": projector, "folded": fold(projector)}
+    if dtype == torch.float32:
+        upstream = UpstreamPerceiver(width, lang_dim, projector.num_heads)
+        upstream.load_state_dict(projector.state_dict())
+        built = {"upstream": upstream, **built}
+    return built
+
+
+def inputs(batch: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Features of one batch, CLS first."""
+    return torch.randn(batch, 1 + TOKENS, width).to(dtype)
+
+
+def paired_seconds(
+    runs: Mapping[str, Callable[[], Any]], pairs: int, description: str
+) -> dict[str, list[float]]:
+    """Every run in turn, ``pairs`` times over after a warm-up."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in track(range(pairs), description, console=console, transient=True):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def multiply_adds(module: nn.Module, x: Tensor) -> float:
+    """Multiply-adds of one call; CPU attention, which torch counts as nothing, included."""
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        module(x)
+    return counter.get_total_flops() / 2
+
+
+def peak_mib(name: str, batch: int) -> float:
+    """Peak memory of one call above what was resident before it, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fold", "--measure-memory", name, "--batch", str(batch)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return float(done.stdout)
+
+
+def own_peak_mib(name: str, batch: int) -> float:
+    """What :func:`peak_mib` starts. Linux only: it resets the kernel's high-water mark."""
+
+    def status(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1])
+
+    module = peers(CLIP_L, LLAMA_7B, torch.float32)[name]
+    module(inputs(1, CLIP_L, torch.float32))
+    x = inputs(batch, CLIP_L, torch.float32)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    module(x)
+    return (status("VmHWM") - before) / 1024
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """``rms(got - truth) / rms(truth)``."""
+    return ((got.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+
+def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
+    """Error of upstream's module and the folded one at a small width, mean over four seeds."""
+    found: dict[str, list[float]] = {"upstream": [], "folded": []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        projector = PerceiverProjector(128, 512).to(dtype)
+        upstream = UpstreamPerceiver(128, 512, projector.num_heads).to(dtype)
+        upstream.load_state_dict(projector.state_dict())
+        x = torch.randn(2, 1 + TOKENS, 128)
+        if outliers:
+            x[..., [7, 50, 33]] *= torch.tensor([40.0, 25.0, 15.0])
+        x = x.to(dtype)
+        truth = projector_ref(projector, x)
+        found["upstream"].append(relative_error(upstream(x), truth))
+        found["folded"].append(relative_error(fold(projector)(x), truth))
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def time_table(batch: int, pairs: int) -> Table:
+    """Medians and ratios of paired runs."""
+    table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, batch {batch}")
+    table.add_column("dtype")
+    table.add_column("module")
+    for heading in ("s", "upstream / it", "fair / it", "G multiply-adds\nan image"):
+        table.add_column(heading, justify="right")
+    for dtype in (torch.float32, torch.bfloat16):
+        modules = peers(CLIP_L, LLAMA_7B, dtype)
+        x = inputs(batch, CLIP_L, dtype)
+        runs = {name: partial(module, x) for name, module in modules.items()}
+        seconds = paired_seconds(runs, pairs, f"timing {dtype}")
+        for name, module in modules.items():
+            table.add_row(
+                str(dtype).removeprefix("torch."),
+                name,
+                f"{statistics.median(seconds[name]):.2f}",
+                *(ratio(seconds.get(other), seconds[name]) for other in ("upstream", "fair")),
+                f"{multiply_adds(module, x) / batch / 1e9:.1f}",
+            )
+    return table
+
+
+def ratio(other: list[float] | None, own: list[float]) -> str:
+    """Median of the paired ratios with the smallest and the largest."""
+    if other is None:
+        return "-"
+    ratios = [a / b for a, b in zip(other, own, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def memory_table(batch: int) -> Table:
+    """Peak memory above the weights."""
+    table = Table(title=f"Peak memory above the weights, fp32, batch {batch}", title_justify="left")
+    table.add_column("module")
+    table.add_column("MiB", justify="right")
+    for name in track(("upstream", "fair", "folded"), "memory", console=console, transient=True):
+        table.add_row(name, f"{peak_mib(name, batch):.0f}")
+    return table
+
+
+def error_table() -> Table:
+    """Relative rms error against the fp64 oracle."""
+    table = Table(title="Relative rms error against fp64, C 128, D 512, mean of 4 seeds")
+    for heading in ("dtype", "features", "upstream", "folded"):
+        table.add_column(heading)
+    for dtype in (torch.float32, torch.bfloat16):
+        for outliers in (False, True):
+            found = errors(dtype, outliers)
+            table.add_row(
+                str(dtype).removeprefix("torch."),
+                "3 channels at 15 to 40 x" if outliers else "normal",
+                *(f"{found[name]:.1e}" for name in ("upstream", "folded")),
+            )
+    return table
+
+
+@torch.no_grad()
+def main(
+    batch: Annotated[int, typer.Option(help="Images a call.")] = 8,
+    pairs: Annotated[int, typer.Option(help="Paired runs; the median is shown.")] = 7,
+    measure_memory: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Compare the folded Perceiver with upstream's module and with a fair baseline."""
+    if measure_memory:
+        print(own_peak_mib(measure_memory, batch))
+        return
+    threads = torch.get_num_threads()
+    console.print(
+        f"torch {torch.__version__}, {threads} threads of {os.cpu_count()} on {platform.machine()}"
+    )
+    console.print(
+        "upstream: DeepSpeed-VisualChat's arithmetic, queries projected per image, attention maps "
+        "through memory.\nfair: the same weights in visproj's plain module, SDPA, queries once."
+    )
+    console.print(time_table(batch, pairs))
+    console.print(memory_table(batch))
+    console.print(error_table())
+
+
+if __name__ == "__main__":
+    typer.run(main)
