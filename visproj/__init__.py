@@ -1,6 +1,7 @@
 """Vision-to-language projectors: drop-in modules, plain PyTorch and fused kernels."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 # The kernels live in the top-level folder kernels/ and are installed as visproj.kernels. From a
 # clone that is not installed, or installed in editable mode, find them beside this package.
@@ -8,6 +9,7 @@ _root = _Path(__file__).resolve().parent.parent
 if not (_root / "visproj" / "kernels").is_dir() and (_root / "kernels" / "support.py").is_file():
     __path__.append(str(_root))
 
+from visproj.folding import fold, load_folded  # noqa: E402
 from visproj.projectors import (  # noqa: E402
     LinearProjector,
     PerceiverProjector,
@@ -17,6 +19,9 @@ from visproj.projectors import (  # noqa: E402
     build_projector,
 )
 from visproj.vlm.compose import VisualSequence, insert_visual_tokens  # noqa: E402
+
+if TYPE_CHECKING:
+    from visproj.qwen_vl import extract_vision_encoder
 
 __version__ = "0.1.0"
 
@@ -28,5 +33,20 @@ __all__ = [
     "VisProjection_vit",
     "VisualSequence",
     "build_projector",
+    "extract_vision_encoder",
+    "fold",
     "insert_visual_tokens",
+    "load_folded",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "extract_vision_encoder":
+        from visproj.qwen_vl import extract_vision_encoder
+
+        return extract_vision_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command line: ``visproj demo``."""
+"""The command line: ``visproj demo`` and ``visproj extract``."""
 
 import sys
 from pathlib import Path
@@ -121,6 +121,59 @@ def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
     output.print(f"prompt tokens and embeddings: {report.language}", highlight=False)
     output.print(table)
     output.print(f"{len(report.pictures)} pictures in {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def extract(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Qwen-VL checkpoint: a directory, or a model's name on the hub.",
+        ),
+    ],
+    dest: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DEST", help="The encoder's directory, created whole or not at all."
+        ),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16, bfloat16 or float64. Default: as stored."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="`safetensors`, or `bin` to add the pytorch_model.bin of DeepSpeed-VisualChat."
+        ),
+    ] = "safetensors",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an encoder that is at DEST.")
+    ] = False,
+) -> None:
+    """Write the vision encoder of a Qwen-VL checkpoint as a model of its own."""
+    from visproj.qwen_vl import extract_vision_encoder, render_summary
+
+    if not Path(source).is_dir():
+        import huggingface_hub
+
+        # The client tells of every retry, in many lines; what goes wrong in the end is one line.
+        huggingface_hub.utils.logging.set_verbosity_error()
+    errors.print(f"opening {source}", markup=False, highlight=False, soft_wrap=True)
+    summary = extract_vision_encoder(
+        source,
+        dest,
+        dtype=dtype,
+        revision=revision,
+        format=format,
+        overwrite=overwrite,
+        progress=True,
+    )
+    output.print(render_summary(summary), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -1,0 +1,163 @@
+"""The literal table of the encoder's tensors, and their names in a full Qwen-VL checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from visproj.qwen_vl.config import QwenVisionConfig
+
+Shape = tuple[int, ...]
+
+PREFIX = "transformer.visual."
+DROPPED = (
+    "proj"  # Qwen-VL's final product, which DeepSpeed-VisualChat's projector takes the place of
+)
+ASSUMED_HEADS = 16
+ASSUMED_IMAGE_PATCHES = 32
+
+_TABLE: dict[str, tuple[int | str, ...]] = {
+    "conv1.weight": ("width", 3, "patch_size", "patch_size"),
+    "positional_embedding": ("positions", "width"),
+    "ln_pre.weight": ("width",),
+    "ln_pre.bias": ("width",),
+    "attn_pool.query": ("n_queries", "output_dim"),
+    "attn_pool.pos_embed": ("n_queries", "output_dim"),
+    "attn_pool.kv_proj.weight": ("output_dim", "width"),  # absent where both widths are one
+    "attn_pool.attn.in_proj_weight": ("3 output_dim", "output_dim"),
+    "attn_pool.attn.in_proj_bias": ("3 output_dim",),
+    "attn_pool.attn.out_proj.weight": ("output_dim", "output_dim"),
+    "attn_pool.attn.out_proj.bias": ("output_dim",),
+    "attn_pool.ln_q.weight": ("output_dim",),
+    "attn_pool.ln_q.bias": ("output_dim",),
+    "attn_pool.ln_kv.weight": ("output_dim",),
+    "attn_pool.ln_kv.bias": ("output_dim",),
+    "ln_post.weight": ("output_dim",),
+    "ln_post.bias": ("output_dim",),
+}
+_BLOCK_TABLE: dict[str, tuple[int | str, ...]] = {
+    "ln_1.weight": ("width",),
+    "ln_1.bias": ("width",),
+    "ln_2.weight": ("width",),
+    "ln_2.bias": ("width",),
+    "attn.in_proj.weight": ("3 width", "width"),
+    "attn.in_proj.bias": ("3 width",),
+    "attn.out_proj.weight": ("width", "width"),
+    "attn.out_proj.bias": ("width",),
+    "mlp.c_fc.weight": ("mlp_width", "width"),
+    "mlp.c_fc.bias": ("mlp_width",),
+    "mlp.c_proj.weight": ("width", "mlp_width"),
+    "mlp.c_proj.bias": ("width",),
+}
+
+
+def expected_shapes(config: QwenVisionConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of an encoder, in the order they are written."""
+    sizes = {
+        "3 width": 3 * config.width,
+        "3 output_dim": 3 * config.output_dim,
+        **{
+            name: getattr(config, name)
+            for name in ("width", "patch_size", "positions", "n_queries", "output_dim", "mlp_width")
+        },
+    }
+
+    def resolve(table: Mapping[str, tuple[int | str, ...]], prefix: str) -> dict[str, Shape]:
+        return {
+            prefix + name: tuple(sizes[n] if isinstance(n, str) else n for n in shape)
+            for name, shape in table.items()
+        }
+
+    shapes = resolve(_TABLE, "")
+    if config.width == config.output_dim:
+        del shapes["attn_pool.kv_proj.weight"]
+    for layer in range(config.layers):
+        shapes |= resolve(_BLOCK_TABLE, f"transformer.resblocks.{layer}.")
+    return shapes
+
+
+def encoder_key(key: str) -> str | None:
+    """The encoder's name for a checkpoint key; ``None`` for a tensor the encoder does without.
+
+    What stands before ``transformer.visual.``, such as ``module.``, goes with it. A key that holds
+    ``visual`` and not this prefix comes back as it is.
+    """
+    if "visual" not in key:
+        return None
+    _, prefix, name = key.partition(PREFIX)
+    if not prefix:
+        return key
+    return None if name.split(".")[0] == DROPPED else name
+
+
+def checkpoint_key(name: str, wrapper: str = "") -> str:
+    """The inverse of :func:`encoder_key`: ``wrapper + "transformer.visual." + name``."""
+    return f"{wrapper}{PREFIX}{name}"
+
+
+def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
+    """The architecture that the shapes of an encoder's tensors tell.
+
+    They tell neither the heads, taken as 16, nor the image's side, taken as 32 patches.
+
+    Raises:
+        ValueError: If a tensor that tells a number is missing or has no such shape.
+    """
+
+    def shape_of(name: str, ndim: int) -> Shape:
+        if name not in shapes:
+            raise ValueError(
+                f"cannot tell the architecture without {name}; there are {a_few(shapes)}"
+            )
+        if len(shapes[name]) != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got {list(shapes[name])}")
+        return shapes[name]
+
+    width, _, patch_size, _ = shape_of("conv1.weight", 4)
+    positions, _ = shape_of("positional_embedding", 2)
+    mlp_width, _ = shape_of("transformer.resblocks.0.mlp.c_fc.weight", 2)
+    n_queries, output_dim = shape_of("attn_pool.query", 2)
+    numbered = (re.match(r"transformer\.resblocks\.(\d+)\.", name) for name in shapes)
+    return QwenVisionConfig(
+        image_size=ASSUMED_IMAGE_PATCHES * patch_size,
+        patch_size=patch_size,
+        width=width,
+        layers=len({match[1] for match in numbered if match}),
+        heads=ASSUMED_HEADS,
+        mlp_width=mlp_width,
+        output_dim=output_dim,
+        n_queries=n_queries,
+        positions=positions,
+    )
+
+
+def check_shapes(found: Mapping[str, Shape], config: QwenVisionConfig) -> None:
+    """Raise ``ValueError`` naming missing, unexpected and misshapen tensors, if there are any."""
+    wanted = expected_shapes(config)
+    complaints = []
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        complaints.append("missing " + a_few([f"{name} {list(wanted[name])}" for name in missing]))
+    unexpected = [name for name in found if name not in wanted]
+    if unexpected:
+        complaints.append(
+            "unexpected " + a_few([f"{name} {list(found[name])}" for name in unexpected])
+        )
+    misshapen = [name for name in wanted if name in found and found[name] != wanted[name]]
+    if misshapen:
+        complaints.append(
+            "of another shape "
+            + a_few([f"{name} {list(found[name])}, not {list(wanted[name])}" for name in misshapen])
+        )
+    if complaints:
+        raise ValueError(
+            f"the tensors are not those of the encoder that the config describes: "
+            f"{'; '.join(complaints)}"
+        )
+
+
+def a_few(names: Iterable[str], most: int = 20) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

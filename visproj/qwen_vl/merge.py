@@ -1,0 +1,132 @@
+"""Writing a trained vision encoder back into a full Qwen-VL checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
+from visproj.qwen_vl.config import QwenVisionConfig
+from visproj.qwen_vl.keys import PREFIX, checkpoint_key
+from visproj.qwen_vl.storage import (
+    TensorFile,
+    cast,
+    open_encoder,
+    save_bin,
+    staged_directory,
+    sync,
+    tensor_bytes,
+)
+
+
+def merge_into(
+    checkpoint_dir: str | Path, encoder_dir: str | Path, destination: str | Path
+) -> Path:
+    """Put a trained encoder in the place of a full checkpoint's own.
+
+    The destination has the checkpoint's files: the shards that hold visual tensors are rewritten
+    with the encoder's numbers in the checkpoint's dtypes, ``transformer.visual.proj`` stays, every
+    other file is hard-linked where the file system can and copied where it cannot. No tensor of the
+    language model is loaded. The destination appears whole or not at all.
+
+    Args:
+        checkpoint_dir: A full checkpoint, as :func:`visproj.extract_vision_encoder` takes it.
+        encoder_dir: What that function or ``QwenVisionTransformer.save_pretrained`` wrote.
+        destination: A directory that does not exist yet.
+
+    Returns:
+        The destination, resolved.
+
+    Raises:
+        FileExistsError: If the destination exists.
+        FileNotFoundError: If a directory or a file in it is missing.
+        OSError: If the destination cannot be written.
+        ValueError: If a file is damaged, or if the encoder is not of the checkpoint's architecture
+            or does not fit into its dtype.
+    """
+    root = Path(checkpoint_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{checkpoint_dir} is no directory")
+    if Path(destination).exists():
+        raise FileExistsError(f"{destination} exists: choose another destination")
+    checkpoint = open_checkpoint(root)
+    config = QwenVisionConfig.from_pretrained(encoder_dir)
+    if config.heads != checkpoint.config.heads and not checkpoint.config_assumed:
+        raise ValueError(
+            f"the encoder has {config.heads} heads, the checkpoint's {checkpoint.config.heads}"
+        )
+    encoder = open_encoder(Path(encoder_dir), checkpoint.config)
+    replaced = _by_shard(checkpoint)
+    paths = sorted(root.rglob("*"))
+    with staged_directory(destination) as staging:
+        for path in paths:
+            target = staging / path.relative_to(root)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            elif path in replaced:
+                _rewrite(path, target, replaced[path], encoder)
+            else:
+                _link(path, target)
+    return Path(destination).resolve()
+
+
+def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
+    """For every shard to rewrite, the encoder's name of each key to replace in it."""
+    replaced: dict[Path, dict[str, str]] = {}
+    wrapper = next(iter(checkpoint.names)).partition(PREFIX)[0]
+    for name in checkpoint.names.values():
+        key = checkpoint_key(name, wrapper)
+        if key not in checkpoint.tensors:
+            raise ValueError(f"{checkpoint.name} has visual keys with several prefixes, not {key}")
+        replaced.setdefault(checkpoint.tensors[key].path, {})[key] = name
+    return replaced
+
+
+def _link(path: Path, target: Path) -> None:
+    source = path.resolve()  # the hub's cache holds links to files elsewhere
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _rewrite(path: Path, target: Path, names: Mapping[str, str], encoder: TensorFile) -> None:
+    if path.suffix == ".safetensors":
+        _rewrite_safetensors(path, target, names, encoder)
+    else:
+        _rewrite_bin(path, target, names, encoder)
+
+
+def _rewrite_safetensors(
+    path: Path, target: Path, names: Mapping[str, str], encoder: TensorFile
+) -> None:
+    """Copy the file, then write over the bytes of the tensors in ``names``: no offset changes."""
+    shutil.copyfile(path, target)
+    shard = TensorFile(path)
+    with target.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for key, name in names.items():
+            file.seek(8 + length + header[key]["data_offsets"][0])
+            file.write(tensor_bytes(cast(name, encoder.tensor(name), shard.tensor(key).dtype)))
+        file.flush()
+        sync(file.fileno())
+
+
+def _rewrite_bin(path: Path, target: Path, names: Mapping[str, str], encoder: TensorFile) -> None:
+    """Save the mapped shard again with the tensors in ``names`` replaced."""
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    for key, name in names.items():
+        replacement = cast(name, encoder.tensor(name), state[key].dtype)
+        state[key] = _like(replacement, state[key])
+    save_bin(state, target)
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    return torch.nn.Parameter(tensor, old.requires_grad) if type(old) is not Tensor else tensor
