@@ -1,5 +1,6 @@
-"""The command line: ``visproj demo`` and ``visproj extract``."""
+"""The command line: ``visproj demo``, ``visproj extract`` and ``visproj bench``."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -174,6 +175,24 @@ def extract(
         progress=True,
     )
     output.print(render_summary(summary), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Measure against upstream and a fair baseline; `visproj bench --help` has the options."""
+    root = Path(__file__).parent.parent
+    if not (root / "benchmarks" / "report.py").is_file():
+        raise ValueError("the benchmarks are in the repository, not in the package: use a clone")
+    # A process of its own: the profiler's settings are read when torch is imported.
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "benchmarks.report", *context.args]
+    os.execve(sys.executable, command, environment)
 
 
 def main() -> None:

@@ -154,8 +154,7 @@ def test_called_attention_keeps_the_masking_contract(form):
     assert not is_plain_attention(projector.attn, 64)
     got, maps = projector(x, return_attention=True, **masks)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    # Maps of a replaced attention come out in fp32.
-    torch.testing.assert_close(maps.double(), wanted_maps, rtol=0, atol=1e-6)
+    torch.testing.assert_close(maps, wanted_maps, rtol=1e-12, atol=1e-12)
 
 
 def test_attention_dropout_is_kept():

@@ -33,7 +33,7 @@ def check_width(name: str, width: int) -> int:
 def check_heads(width: int, heads: int) -> int:
     """Return ``heads`` or raise ``ValueError`` naming the head counts that divide ``width``."""
     if heads < 1 or width % heads:
-        divisors = [n for n in range(1, width + 1) if width % n == 0 and width // n >= 8]
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
         raise ValueError(
             f"{heads} heads do not divide a width of {width}; pass num_heads as one of {divisors}"
         )

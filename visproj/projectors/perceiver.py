@@ -98,8 +98,8 @@ class PerceiverProjector(PositionedModule):
             return_attention: Also return the attention probabilities.
 
         Returns:
-            ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32. A
-            query whose keys are all masked gets an attention output of zero.
+            ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
+            for an fp64 projector). A query whose keys are all masked gets zero attention.
 
         Raises:
             TypeError: If ``x`` or a mask has an unsuitable dtype.
@@ -162,7 +162,8 @@ class PerceiverProjector(PositionedModule):
         out = self.attn(q, k, v, need_weights=False, **masks)[0].transpose(0, 1)
         if not return_attention:
             return out, None
-        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1].float()
+        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1]
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
         sound = ~out.isnan().any(-1)[:, None, :, None]
         return out, maps.masked_fill(sound & maps.isnan(), 0.0)

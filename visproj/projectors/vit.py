@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visproj.ops.checks import check_alike
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
-from visproj.projectors.fusion import linear_layer_norm
+from visproj.projectors.fusion import is_plain, linear_layer_norm
 
 
 class VisionConfig(Protocol):
@@ -147,10 +148,13 @@ class ViTProjector(nn.Module):
         """``[..., S, C] -> [..., S, D]``; CLS, if there is one, is a token like any other.
 
         Raises:
-            TypeError: If ``x`` is not floating point.
+            TypeError: If ``x`` is not floating point or has another dtype than the weights.
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
+        first = self.vis_layer.layer_norm1
+        if is_plain(first, nn.LayerNorm):
+            check_alike("visual features", x, "the CLIP layer", first.weight)
         x = self.vis_layer(x)
         if type(self.projection) is nn.Sequential and len(self.projection) == 2:
             return linear_layer_norm(x, self.projection[0], self.projection[1])

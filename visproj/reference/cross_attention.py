@@ -39,7 +39,7 @@ def cross_attention_maps_ref(
 ) -> Tensor:
     """Arguments as :func:`visproj.ops.cross_attention_maps`, unchecked."""
     batch, _, heads, width = k.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     mask, dead = _merge_masks(attn_mask, key_padding_mask, batch, heads, dtype)
     q, k = _by_head(q, batch).to(dtype), _by_head(k, batch).to(dtype)
     with torch.autocast(q.device.type, enabled=False):

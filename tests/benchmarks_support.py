@@ -1,0 +1,27 @@
+"""A registry small enough to run in a test."""
+
+import torch
+
+from benchmarks import cases
+from benchmarks.measure import Ceilings
+
+CEILINGS = Ceilings(copy=1e10, matmul={"fp32": 1e11, "bf16": 1e11})
+CPU = torch.device("cpu")
+
+
+def small_group(task="linear_layer_norm", batch=2, dtype="fp32", modes=cases.MODES, lang_dim=128):
+    shape = cases.Shape(cases.ENCODERS["tiny"], lang_dim, batch, dtype)
+    return cases.Group(cases.TASKS[task], shape, modes, compiled=False)
+
+
+def use_small_set(monkeypatch, count=3):
+    """Make ``smoke`` a few groups of one quick task."""
+    found = [small_group(batch=batch) for batch in range(1, count + 1)]
+    monkeypatch.setattr("benchmarks.report.groups", lambda name: found)
+    monkeypatch.setattr("benchmarks.report.measure.ceilings", lambda *_: CEILINGS)
+
+
+def add(monkeypatch, task, name, build, **options):
+    """One more implementation: one entry in the registry."""
+    entry = cases.Implementation(task, name, build, **options)
+    monkeypatch.setattr(cases, "IMPLEMENTATIONS", [*cases.IMPLEMENTATIONS, entry])
