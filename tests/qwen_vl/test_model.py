@@ -251,6 +251,7 @@ def test_pooling_can_be_folded(grid):
     encoder, images = make_encoder(MEDIUM), pixels(*grid)
     expected = encoder(images)
     encoder.attn_pool = fold(encoder.attn_pool, grid=grid)
+    encoder.requires_grad_(False)
     torch.testing.assert_close(encoder(images), expected, rtol=1e-9, atol=1e-10)
 
 

@@ -204,7 +204,8 @@ class QwenVisionTransformer(PositionedModule):
     def requires_grad_(self, requires_grad: bool = True) -> QwenVisionTransformer:
         """Free or freeze every parameter except the sine-cosine table, which stays frozen."""
         super().requires_grad_(requires_grad)
-        self.attn_pool.pos_embed.requires_grad_(False)
+        if isinstance(self.attn_pool, AttentionPool):  # and not a folded one in its place
+            self.attn_pool.pos_embed.requires_grad_(False)
         return self
 
     @classmethod
