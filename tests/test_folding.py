@@ -24,20 +24,33 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 def masks_for(form, batch, heads, queries, keys):
     hidden = torch.rand(queries, keys) < 0.4
+    added = torch.randn(queries, keys).double()
     padding = torch.zeros(batch, keys, dtype=torch.bool)
     padding[-1, keys // 2 :] = True
     return {
         "none": {},
         "bool": {"attn_mask": hidden},
         "bool per head": {"attn_mask": torch.rand(batch * heads, queries, keys) < 0.4},
-        "additive": {"attn_mask": torch.randn(queries, keys).double()},
+        "additive": {"attn_mask": added},
+        "additive with -inf": {"attn_mask": added.masked_fill(hidden, -torch.inf)},
+        "finfo.min": {"attn_mask": torch.full_like(added, torch.finfo(torch.float64).min)},
         "padding": {"key_padding_mask": padding},
         "both": {"attn_mask": hidden, "key_padding_mask": padding},
         "everything": {"attn_mask": torch.ones(queries, keys, dtype=torch.bool)},
     }[form]
 
 
-MASKS = ["none", "bool", "bool per head", "additive", "padding", "both", "everything"]
+MASKS = [
+    "none",
+    "bool",
+    "bool per head",
+    "additive",
+    "additive with -inf",
+    "finfo.min",
+    "padding",
+    "both",
+    "everything",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,13 +190,34 @@ def test_half_precision_from_fp32(kind, dtype):
 
 
 def test_autocast(device):
-    projector = make("perceiver", dtype=torch.float32, device=device)
-    folded = fold(projector)
-    x = features(1, 257, dtype=torch.float32, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
-        out = folded(x)
+    projector = gently_random(PerceiverProjector(32, 64, num_heads=2)).to(device)
+    x = features(2, 257, dtype=torch.float32, device=device)
+    truth = projector_ref(projector, x)
+    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+        out, expected = fold(projector)(x), projector(x)
     assert out.dtype == torch.bfloat16
-    assert rms_error(out, projector_ref(projector, x)) < 0.05
+    # One random error against another of the same kind, over 32768 numbers.
+    assert rms_error(out, truth) <= 1.25 * rms_error(expected, truth)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0])
+def test_fp16_holds_the_scale_of_empty_rows(scale):
+    """1 / sqrt(eps) is 1e6: padded zero rows must not poison their image."""
+    projector = PerceiverProjector(32, 64, query_grid=(4, 4), num_heads=2)
+    x = torch.randn(2, 17, 32)
+    x[:, 10:] = 0
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[:, 9:] = True
+    masks = {"key_padding_mask": padding}
+    x = (x * scale).half()
+    truth = projector_ref(projector, x, **masks)
+    got = fold(projector, dtype=torch.float16)(x, **masks)
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        cast = fold(projector)(x.float(), **masks)
+    for out in (got, cast):
+        # fp16 products of numbers near its smallest: 4 eps, and nothing where all is zero.
+        bound = 4 * torch.finfo(torch.float16).eps * truth.abs().max() + 1e-6
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +265,8 @@ def test_copies_and_casts(kind):
     folded = fold(make(kind))
     x = features(1, 26)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
-    assert {type(folded)} <= {FoldedLinear, FoldedViT, FoldedPerceiver}
+    expected = {"baseline": FoldedLinear, "vit": FoldedViT, "perceiver": FoldedPerceiver}
+    assert type(folded) is expected[kind]
     assert rms_error(copy.deepcopy(folded).float()(x.float()), folded(x)) < 1e-5
     assert not any(p.requires_grad for p in folded.parameters())
 
@@ -255,6 +290,10 @@ def test_gradients_are_refused(kind):
         folded(x)
     with torch.no_grad():
         assert torch.equal(folded(x), folded(x.detach()))
+    if kind == "perceiver":
+        mask = torch.zeros(256, 16, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
+            folded(x.detach(), attn_mask=mask)
 
 
 def hooked(child):
@@ -277,6 +316,10 @@ def wrap(child):
         setattr(projector.get_submodule(parent), name, Wrapped(projector.get_submodule(child)))
 
     return change
+
+
+def replace_forward(projector):
+    projector.forward = lambda x: 0 * x
 
 
 def set_dropout(projector):
@@ -308,6 +351,10 @@ REFUSED = {
     "hook on attn": (hooked("attn"), "cannot fold attn"),
     "quantised": (quantise, "cannot fold kv_proj"),
     "parametrised": (parametrise, "cannot fold kv_proj"),
+    "hook on the projector": (hooked(""), "hook or a forward of its own"),
+    "hook on the tail": (hooked("projection"), "hook or a forward of its own"),
+    "replaced forward": (replace_forward, "hook or a forward of its own"),
+    "no gain": (lambda p: setattr(p, "ln_q", nn.LayerNorm(64, elementwise_affine=False)), "ln_q"),
     "dropout": (set_dropout, "without dropout"),
     "bias_k": (replace_attention(add_bias_kv=True), "bias_k"),
     "add_zero_attn": (replace_attention(add_zero_attn=True), "add_zero_attn"),
@@ -328,6 +375,26 @@ def test_refused_tails(kind):
     projector = make(kind)
     wrap("0" if kind == "baseline" else "projection.0")(projector)
     with pytest.raises(ValueError, match="cannot fold Linear"):
+        fold(projector)
+
+
+def test_refused_subclass():
+    class Doubled(PerceiverProjector):
+        def forward(self, *args, **options):
+            return 2 * super().forward(*args, **options)
+
+    with pytest.raises(ValueError, match="cannot fold Doubled"):
+        fold(Doubled(32, 64))
+
+
+def test_refused_clip_layers():
+    projector = make("vit")
+    projector.vis_layer.self_attn.dropout = 0.5
+    with pytest.raises(ValueError, match="its attention has dropout"):
+        fold(projector)
+    projector = make("vit")
+    hooked("vis_layer.mlp.fc1")(projector)
+    with pytest.raises(ValueError, match=r"cannot fold vis_layer\.mlp\.fc1"):
         fold(projector)
 
 

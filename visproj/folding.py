@@ -27,11 +27,18 @@ from visproj.ops.checks import check_alike
 from visproj.positions import Grid, PositionedModule, check_grid, grid_of, resize_position_table
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
 from visproj.projectors.config import check_features
-from visproj.projectors.fusion import is_plain, is_plain_attention
+from visproj.projectors.fusion import is_plain, is_plain_attention, is_untouched
 from visproj.projectors.perceiver import flatten_batch, unflatten_batch
-from visproj.projectors.vit import CLIPEncoderLayer, VisionConfig
+from visproj.projectors.vit import CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 
 FORMAT = "visproj-folded-1"
+_CLIP_PARTS = {
+    "": CLIPEncoderLayer,
+    "self_attn": CLIPAttention,
+    "mlp": CLIPMLP,
+    "layer_norm1": nn.LayerNorm,
+    "layer_norm2": nn.LayerNorm,
+}
 
 
 class FoldedProjector(nn.Module):
@@ -74,10 +81,11 @@ class FoldedProjector(nn.Module):
         """What was folded."""
         return ", ".join(f"{key}={value}" for key, value in self.config.items() if key != "digest")
 
-    def _check(self, x: Tensor, constant: Tensor) -> None:
+    def _check(self, x: Tensor, constant: Tensor, attn_mask: Tensor | None = None) -> None:
         check_features(x, self.config["vis_dim"])
         check_alike("visual features", x, "the folded weights", constant)
-        if x.requires_grad and torch.is_grad_enabled():
+        wanted = x.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+        if wanted and torch.is_grad_enabled():
             raise RuntimeError(
                 "a folded projector is for inference and gives no gradients: train the projector "
                 "it was folded from, or call it under torch.no_grad()"
@@ -105,7 +113,7 @@ class FoldedLinear(FoldedProjector):
 
 
 class FoldedViT(FoldedProjector):
-    """A ``ViTProjector``'s CLIP layer as it is, and its tail folded."""
+    """A ``ViTProjector``'s CLIP layer as it is, with frozen parameters, and its tail folded."""
 
     def __init__(self, config: dict[str, Any], vis_layer: nn.Module, tail: FoldedLinear) -> None:
         super().__init__(config, {})
@@ -159,7 +167,7 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
         On another grid than the one folded for, positions are resized after their projection
         instead of before: the same but for the rounding of an fp32 resize.
         """
-        self._check(x, self.kv_weight)
+        self._check(x, self.kv_weight, attn_mask)
         features, key_padding_mask = flatten_batch(x, key_padding_mask, self.config["has_cls"])
         positions = self._key_positions(grid_of(features.shape[1], grid))
         keys, values = self._keys_and_values(features, positions)
@@ -194,12 +202,16 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
     def _key_positions(self, grid: Grid) -> Tensor:
         if list(grid) == self.config["grid"]:
             return self.key_positions
-        return self._positions.resize(self.position_table, tuple(self.config["query_grid"]), grid)
+        return self._resized(self.position_table, tuple(self.config["query_grid"]), grid)
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``shift + scale * x`` in place, rounded once."""
-    return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype), out=x)
+    """``shift + scale * x`` in place, rounded once.
+
+    ``scale`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold.
+    """
+    scale = scale if x.dtype == torch.float16 else scale.to(x.dtype)
+    return torch.addcmul(shift.to(x.dtype), x, scale, out=x)
 
 
 def fold(
@@ -207,8 +219,8 @@ def fold(
 ) -> FoldedProjector:
     """Turn a trained projector into its exact inference form.
 
-    The projector is left as it is. The result is called like it, holds buffers instead of
-    parameters, refuses gradients, and is saved with ``folded.save(path)`` and read back with
+    The projector is left as it is. The result is called like it, holds the combined weights as
+    buffers, refuses gradients, and is saved with ``folded.save(path)`` and read back with
     :func:`load_folded`.
 
     Args:
@@ -220,21 +232,21 @@ def fold(
 
     Raises:
         TypeError: If ``projector`` is something else, or ``grid`` is given for one without grid.
-        ValueError: If a layer to be folded carries an adapter, a hook or a parametrisation, is
-            quantised or sharded, or if the attention has dropout, ``bias_k`` or ``add_zero_attn``.
+        ValueError: If the projector or a layer of it carries an adapter, a hook or a
+            parametrisation, is quantised or sharded, or if the attention has dropout, ``bias_k``
+            or ``add_zero_attn``.
     """
-    if grid is not None and not isinstance(projector, PerceiverProjector):
-        raise TypeError(f"{type(projector).__name__} has no grid to fold for")
+    kind = _kind(projector)
+    if grid is not None and kind is not PerceiverProjector:
+        raise TypeError(f"{kind.__name__} has no grid to fold for")
     with torch.no_grad(), torch.inference_mode(False):
         if isinstance(projector, PerceiverProjector):
             return _fold_perceiver(projector, dtype, grid)
         if isinstance(projector, ViTProjector):
             return _fold_vit(projector, dtype)
-        if isinstance(projector, LinearProjector):
-            tail = _fold_linear(projector, dtype)
-            tail.config["digest"] = weights_digest(projector)
-            return tail
-    raise TypeError(f"cannot fold a {type(projector).__name__}")
+        tail = _fold_linear(projector, dtype)
+        tail.config["digest"] = weights_digest(projector)
+        return tail
 
 
 def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
@@ -272,6 +284,21 @@ def weights_digest(projector: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _kind(projector: nn.Module) -> type[nn.Module]:
+    """Which of the three it is, if calling it does what that class does."""
+    for kind in (PerceiverProjector, ViTProjector, LinearProjector):
+        if isinstance(projector, kind):
+            tail = getattr(projector, "projection", projector)
+            own = type(projector).forward is kind.forward
+            if own and is_untouched(projector) and is_untouched(tail):
+                return kind
+            raise ValueError(
+                f"cannot fold {type(projector).__name__}: a hook or a forward of its own would be "
+                "lost"
+            )
+    raise TypeError(f"cannot fold a {type(projector).__name__}")
+
+
 def _fold_linear(pair: Any, dtype: torch.dtype | None) -> FoldedLinear:
     linear, norm = pair
     _check_plain({"Linear": (linear, nn.Linear), "LayerNorm": (norm, nn.LayerNorm)})
@@ -288,6 +315,10 @@ def _fold_linear(pair: Any, dtype: torch.dtype | None) -> FoldedLinear:
 def _fold_vit(projector: ViTProjector, dtype: torch.dtype | None) -> FoldedViT:
     tail = _fold_linear(projector.projection, dtype)
     layer = projector.vis_layer
+    parts = layer.named_modules()
+    _check_plain({f"vis_layer.{n}": (m, _CLIP_PARTS.get(n, nn.Linear)) for n, m in parts})
+    if layer.self_attn.dropout:
+        raise ValueError("cannot fold vis_layer: its attention has dropout")
     vision = dict(
         zip(
             VisionConfig.__annotations__,
@@ -332,7 +363,8 @@ def _fold_perceiver(
     b_q, _, b_v = _or_zeros(attn.in_proj_bias, attn.in_proj_weight).double().chunk(3)
     centred = _centred(projector.kv_proj)  # [D, C + 1]
     factor = torch.linalg.qr(centred, mode="r").R  # [min(D, C + 1), C + 1]
-    gain, shift = projector.ln_kv.weight.double(), projector.ln_kv.bias.double()
+    gain = projector.ln_kv.weight.double()
+    shift = _or_zeros(projector.ln_kv.bias, gain).double()
     kv = torch.cat([w_k, w_v]) @ (gain[:, None] * centred)  # [2 D, C + 1]
     query = _layer_norm(projector.ln_q, projector.query.double()) + positions.double()
 
@@ -389,15 +421,15 @@ def _copies(constants: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(
-        x, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
-    )
+    shift = _or_zeros(norm.bias, norm.weight).double()
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.double(), shift, norm.eps)
 
 
 def _check_plain(children: dict[str, tuple[nn.Module, type[nn.Module]]]) -> None:
     for name, (child, kind) in children.items():
-        if not is_plain(child, kind):
+        if not is_plain(child, kind) or (kind is nn.LayerNorm and child.weight is None):
             raise ValueError(
                 f"cannot fold {name}: it must be a plain {kind.__name__} without adapters, hooks, "
-                f"parametrisations, quantised or sharded weights, got {type(child).__name__}"
+                "parametrisations, quantised, sharded or missing weights, "
+                f"got {type(child).__name__}"
             )

@@ -94,7 +94,7 @@ def grid_of(tokens: int, grid: Grid | None) -> Grid:
             is not a square number.
     """
     if grid is None:
-        side = math.isqrt(tokens)
+        side = int(math.sqrt(tokens))  # exact for squares, and what torch.compile can trace
         if side * side != tokens or not tokens:
             raise ValueError(
                 f"{tokens} visual tokens (CLS removed) form no square grid: pass grid=(rows, "
@@ -115,7 +115,8 @@ class PositionCache:
 
     An entry is used only while the table is the same tensor at the same version and address.
     Nothing is kept while compiling, exporting or capturing a CUDA graph, for a table that trains,
-    or for one that a training engine keeps in pieces. Copies and pickles of the cache are empty.
+    or for one that a training engine keeps in pieces or functorch wraps. Copies and pickles of the
+    cache are empty.
     """
 
     _CAPACITY = 16
@@ -158,6 +159,14 @@ class PositionedModule(nn.Module):
         super().__init__()
         self._positions = PositionCache()
 
+    def _resized(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
+        """``table`` on another grid. Remembered in eval mode only.
+
+        In training, weights are also written through ``.data``, which leaves no trace on a tensor.
+        """
+        resize = resize_position_table if self.training else self._positions.resize
+        return resize(table, source, target)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._positions.clear()
         return super()._apply(fn, recurse)
@@ -173,6 +182,7 @@ def _cacheable(table: Tensor) -> bool:
         or table.requires_grad
         or table.is_inference()
         or table.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(table)
         or type(table) not in (Tensor, nn.Parameter)
         or hasattr(table, "ds_id")
         or (table.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -21,6 +21,7 @@ def run(folder, *arguments):
 
 
 def test_csv_report_and_plots(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     use_small_set(monkeypatch)
     assert run(tmp_path) == 0
     names = {path.name for path in tmp_path.iterdir()}
@@ -125,6 +126,23 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     assert "what was measured is kept" in capsys.readouterr().out
 
 
+def test_a_group_that_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path):
+    use_small_set(monkeypatch)
+    honest = suite.prepare
+
+    def out_of_memory(group, device):
+        if group.shape.batch == 1:
+            raise MemoryError("no room for the oracle")
+        return honest(group, device)
+
+    monkeypatch.setattr(suite, "prepare", out_of_memory)
+    run(tmp_path)
+    results = read(tmp_path / "results.csv")
+    assert [row.batch for row in results.rows] == [2] * 9 + [3] * 9
+    name = "linear_layer_norm tiny-D128-B1-fp32 ended early"
+    assert results.notes[name] == "MemoryError: no room for the oracle"
+
+
 def test_time_limit(monkeypatch, tmp_path):
     use_small_set(monkeypatch)
     run(tmp_path, "--minutes", "0")
@@ -157,6 +175,7 @@ def test_measuring_needs_no_optional_package():
 
 def test_bench_command(tmp_path):
     """From any folder; what the report does not understand is one line."""
+    pytest.importorskip("typer")
     command = [sys.executable, "-m", "visproj.cli", "bench"]
     options = {"cwd": tmp_path, "capture_output": True, "text": True}
     done = subprocess.run([*command, "--help"], **options)

@@ -96,7 +96,7 @@ def test_a_busier_machine_is_no_slow_down():
         spread_of = {"vs_fair": ratio.median, "vs_fair_p20": ratio.p20, "vs_fair_p80": ratio.p80}
         return Results({}, [row("fair", fair), row("visproj", ours, **spread_of)])
 
-    change, yardstick = compare(results(1, 0.5), results(3, 0.5))
+    yardstick, change = compare(results(1, 0.5), results(3, 0.5))
     assert (change.time, change.change, change.beyond) == pytest.approx((2, 0, 0))
     assert (yardstick.time, yardstick.change, yardstick.beyond) == (2, None, 0)
     change, _ = compare(results(1, 0.5), results(3, 0.6))

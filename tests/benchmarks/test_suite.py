@@ -74,6 +74,24 @@ def test_a_wrong_result_gets_no_time(monkeypatch, kind, why):
         assert right.samples >= 7
 
 
+def test_a_call_that_cannot_be_prepared_does_not_stop_the_others(monkeypatch):
+    honest = suite.Prepared.call
+
+    def no_memory(self, candidate, mode):
+        if candidate.entry.name == "visproj" and mode == "backward":
+            raise MemoryError("graphs do not fit")
+        return honest(self, candidate, mode)
+
+    monkeypatch.setattr(suite.Prepared, "call", no_memory)
+    rows = measured(small_group())
+    assert rows["visproj", "backward"].reason == "MemoryError: graphs do not fit"
+    assert rows["visproj", "backward"].time_us is None
+    timed = {key for key, row in rows.items() if row.time_us}
+    assert timed == {(n, m) for n in ("fair", "visproj") for m in cases.MODES} - {
+        ("visproj", "backward")
+    }
+
+
 def test_a_new_implementation_is_one_entry(monkeypatch):
     add(monkeypatch, "cross_attention", "new", lambda s: FairAttention(256, s.heads, 128))
     rows = measured(small_group("cross_attention"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.utils.prune
-from helpers import features, make
+from helpers import features, make, rms_error
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -64,6 +64,7 @@ CHILDREN = [
     ("baseline", "1"),
     ("vit", "projection.0"),
     ("vit", "projection.1"),
+    ("vit", "projection"),
     ("vit", "vis_layer.mlp.fc1"),
     ("perceiver", "kv_proj"),
     ("perceiver", "ln_kv"),
@@ -71,16 +72,19 @@ CHILDREN = [
     ("perceiver", "attn.out_proj"),
     ("perceiver", "projection.1"),
 ]
-NORMS = {("baseline", "1"), ("vit", "projection.1"), ("perceiver", "ln_kv"), ("perceiver", "ln_q")}
+NOT_LINEAR = {
+    ("vit", "projection"),
+    ("baseline", "1"),
+    ("vit", "projection.1"),
+    ("perceiver", "ln_kv"),
+    ("perceiver", "ln_q"),
+}
 
 
 def by_hand(projector, x):
     """Upstream's forward, every child called."""
     children = dict(projector.named_children())
     if "kv_proj" not in children:
-        if "vis_layer" in children:
-            x = projector.vis_layer(x)
-            children = dict(projector.projection.named_children())
         for child in children.values():
             x = child(x)
         return x
@@ -106,7 +110,9 @@ def by_hand(projector, x):
         pytest.param(kind, child, change, id=f"{kind}-{child}-{change.__name__}")
         for kind, child in CHILDREN
         for change in CHANGES
-        if change is not adapt or (kind, child) not in NORMS  # adapters wrap Linears
+        # adapters, parametrisations and pruning are for Linears, some of them for norms
+        if (change is not adapt or (kind, child) not in NOT_LINEAR)
+        and (change in (hook, pre_hook, replace_forward) or child != "projection")
     ],
 )
 def test_a_changed_child_is_called(kind, child, change):
@@ -155,6 +161,28 @@ def test_called_attention_keeps_the_masking_contract(form):
     got, maps = projector(x, return_attention=True, **masks)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(maps, wanted_maps, rtol=1e-12, atol=1e-12)
+
+
+def test_called_attention_takes_masks_of_another_dtype_and_batch_first():
+    projector = make("perceiver", query_grid=(2, 2), num_heads=2, dtype=torch.bfloat16)
+    x = features(2, 10, dtype=torch.bfloat16)
+    mask = torch.zeros(4, 9)
+    mask[:, 5:] = torch.finfo(torch.float32).min
+    wanted = projector(x, mask)
+    swapped = nn.MultiheadAttention(64, 2, batch_first=True).bfloat16()
+    swapped.load_state_dict(projector.attn.state_dict())
+    projector.attn = swapped
+    assert torch.equal(projector(x, mask), wanted)
+    swapped.register_forward_hook(lambda *_: None)
+    # Queries repeated and projected per image round as often as shared ones.
+    assert rms_error(projector(x, mask), wanted) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_maps_under_dropout_are_refused():
+    projector = make("perceiver", query_grid=(2, 2))
+    projector.attn.dropout = 0.5
+    with pytest.raises(ValueError, match=r"attn\.dropout off"):
+        projector(features(1, 17), return_attention=True)
 
 
 def test_attention_dropout_is_kept():

@@ -163,8 +163,9 @@ def test_slicing_the_baseline_gives_plain_modules():
 class TestPositions:
     """The resized table follows the parameter through everything that can happen to it."""
 
-    def setup_method(self):
-        self.projector = make("perceiver", query_grid=(4, 4))
+    @pytest.fixture(autouse=True, params=["train", "eval"])
+    def prepare(self, request):
+        self.projector = make("perceiver", query_grid=(4, 4)).train(request.param == "train")
         self.x = features(1, 31)
 
     def forward(self):
@@ -186,6 +187,17 @@ class TestPositions:
         }
         self.projector.load_state_dict(state, assign=True)
         assert not torch.allclose(self.forward(), before)
+
+    def test_follows_writes_through_data_in_training(self):
+        self.projector.train()
+        before = self.forward()
+        self.projector.pos_embed.data.mul_(-1)
+        assert not torch.allclose(self.forward(), before)
+
+    def test_is_remembered_in_eval_mode(self):
+        self.projector.eval()
+        assert torch.equal(self.forward(), self.forward())
+        assert len(self.projector._positions._entries) == 1
 
     def test_follows_dtype(self):
         self.forward()
@@ -247,6 +259,45 @@ def test_compiled_grids_recompile_at_most_once():
             compiled(x, grid=(rows, columns)), projector(x, grid=(rows, columns))
         )
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+def test_compiled_square_grids(folded):
+    """Without an explicit grid the number of tokens may vary as well."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    projector = make("perceiver", query_grid=(2, 2), dtype=torch.float32)
+    projector = projector.fold() if folded else projector
+    counter = CompileCounter()
+    compiled = torch.compile(projector, fullgraph=True, backend=counter)
+    for side in (3, 4, 5, 6):
+        x = features(2, side * side + 1, dtype=torch.float32)
+        # The folded form's rows of 1 / sqrt(variance) see another order of summation.
+        torch.testing.assert_close(compiled(x), projector(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over CPU SDPA
+def test_ensembles_of_projectors():
+    """``vmap`` over stacked weights, on a grid that needs resized positions."""
+    members = [make("perceiver", query_grid=(2, 2)).eval() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = features(1, 10)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(members[0], (parameters, buffers), (x,))
+
+    got = torch.vmap(call)(parameters, buffers)
+    for one, member in zip(got, members, strict=True):
+        torch.testing.assert_close(one, member(x), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_maps_on_the_meta_device():
+    with torch.device("meta"):
+        projector = PerceiverProjector(32, 64, num_heads=2)
+        _, maps = projector(torch.empty(2, 17, 32), return_attention=True)
+    assert maps.shape == (2, 2, 256, 16)
 
 
 def test_attention_is_computed_on_request_only():

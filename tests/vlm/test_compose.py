@@ -191,9 +191,18 @@ BAD = {
     "mask shape": (ValueError, "attention_mask must be", {"attention_mask": torch.ones(3, 3)}),
     "labels shape": (ValueError, "labels must be", {"labels": torch.ones(3, 3).long()}),
     "side": (ValueError, "padding_side must be", {"padding_side": "both"}),
+    "float counts": (TypeError, "integer", {"counts": [2.0, 0.0, 1.0]}),
+    "float labels": (TypeError, "labels must be integer", {"labels": torch.ones(3, 4)}),
+    "negative multiple": (ValueError, "must be positive, got -8", {"pad_to_multiple_of": -8}),
+    "hidden images": (ValueError, "from 1 to .* got 0", {"visual_mask_value": 0}),
+    "mask device": (
+        ValueError,
+        "one device, got cpu, meta",
+        {"attention_mask": torch.ones(3, 4, device="meta")},
+    ),
     "bool mask of 2": (
         ValueError,
-        "bool attention_mask cannot hold",
+        "from 1 to 1 in an attention_mask of torch.bool",
         {"attention_mask": torch.ones(3, 4).bool(), "visual_mask_value": 2},
     ),
     "device": (

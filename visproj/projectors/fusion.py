@@ -25,12 +25,21 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     The type must be ``kind`` itself, its ``forward`` not replaced, the parameters plain floating
     tensors (no DTensor, nothing quantised) and no hook registered, except those that DeepSpeed
     ZeRO-3 puts on every module: its parameters carry ``ds_id`` and gather themselves when read.
+    Hooks registered for all modules at once (``register_module_forward_hook``) are not looked at.
     """
-    if type(module) is not kind or "forward" in module.__dict__:
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return (
+        type(module) is kind
+        and all(type(p) in _PLAIN_TENSORS and p.is_floating_point() for p in parameters)
+        and is_untouched(module)
+    )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's ``forward`` and nothing else."""
+    if "forward" in module.__dict__:
         return False
     parameters = [p for p in module._parameters.values() if p is not None]
-    if not all(type(p) in _PLAIN_TENSORS and p.is_floating_point() for p in parameters):
-        return False
     gather_themselves = any(hasattr(p, "ds_id") for p in parameters)
     return gather_themselves or not any(getattr(module, hooks) for hooks in _HOOKS)
 

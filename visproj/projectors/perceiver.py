@@ -14,6 +14,7 @@ from visproj.ops.cross_attention import check_masks
 from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
 from visproj.projectors.fusion import is_plain_attention, linear_layer_norm
+from visproj.reference.cross_attention import cast_mask
 
 
 class PerceiverProjector(PositionedModule):
@@ -112,7 +113,7 @@ class PerceiverProjector(PositionedModule):
 
         values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
         queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
-        keys = values + self._positions.resize(self.pos_embed, self.query_grid, grid)
+        keys = values + self._resized(self.pos_embed, self.query_grid, grid)
         attend = (
             self._attend
             if is_plain_attention(self.attn, self.embed_dim)
@@ -157,12 +158,19 @@ class PerceiverProjector(PositionedModule):
         """The same by calling ``self.attn``, whatever has taken its place."""
         batch, length, _ = keys.shape
         check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
-        q = queries[:, None].expand(-1, batch, -1)  # [Q, B, D]
-        k, v = keys.transpose(0, 1), values.transpose(0, 1)
-        out = self.attn(q, k, v, need_weights=False, **masks)[0].transpose(0, 1)
+        mask = masks["attn_mask"]
+        if mask is not None and mask.is_floating_point():
+            masks["attn_mask"] = cast_mask(mask, keys.dtype)
+        q = queries.expand(batch, -1, -1)  # [B, Q, D]
+        batch_first = getattr(self.attn, "batch_first", False)
+        tokens = [t if batch_first else t.transpose(0, 1) for t in (q, keys, values)]
+        out = self.attn(*tokens, need_weights=False, **masks)[0]
+        out = out if batch_first else out.transpose(0, 1)
         if not return_attention:
             return out, None
-        maps = self.attn(q, k, v, average_attn_weights=False, **masks)[1]
+        if self.attn.training and getattr(self.attn, "dropout", None):
+            raise ValueError("attention maps need attn.dropout off: call eval() first")
+        maps = self.attn(*tokens, average_attn_weights=False, **masks)[1]
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
         sound = ~out.isnan().any(-1)[:, None, :, None]

@@ -152,11 +152,12 @@ class ViTProjector(nn.Module):
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
-        first = self.vis_layer.layer_norm1
-        if is_plain(first, nn.LayerNorm):
-            check_alike("visual features", x, "the CLIP layer", first.weight)
+        if isinstance(self.vis_layer, CLIPEncoderLayer):
+            first = self.vis_layer.layer_norm1
+            if is_plain(first, nn.LayerNorm):
+                check_alike("visual features", x, "the CLIP layer", first.weight)
         x = self.vis_layer(x)
-        if type(self.projection) is nn.Sequential and len(self.projection) == 2:
+        if is_plain(self.projection, nn.Sequential) and len(self.projection) == 2:
             return linear_layer_norm(x, self.projection[0], self.projection[1])
         return self.projection(x)
 

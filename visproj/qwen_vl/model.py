@@ -159,7 +159,7 @@ class QwenVisionTransformer(PositionedModule):
         patches = self.conv1(pixel_values.to(self.conv1.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)  # [B, L, W]
         side = math.isqrt(self.config.positions)
-        x = x + self._positions.resize(self.positional_embedding, (side, side), grid)
+        x = x + self._resized(self.positional_embedding, (side, side), grid)
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(self.attn_pool(x, grid=grid))
 

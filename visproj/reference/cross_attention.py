@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ def cross_attention_maps_ref(
     dtype = torch.promote_types(q.dtype, torch.float32)
     mask, dead = _merge_masks(attn_mask, key_padding_mask, batch, heads, dtype)
     q, k = _by_head(q, batch).to(dtype), _by_head(k, batch).to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    autocasts = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
         scores = q @ k.transpose(-1, -2) / math.sqrt(width)
     if mask is not None:
         scores = scores.masked_fill(~mask, _NEG_INF) if mask.dtype == torch.bool else scores + mask
@@ -78,7 +81,7 @@ def _merge_masks(
         closed = masked[0] if len(masked) == 1 else masked[0] | masked[1]
         dead = closed.all(-1, keepdim=True)
         return _four_d(~closed | dead), _four_d(dead)
-    added = _to_dtype(attn_mask, dtype)
+    added = cast_mask(attn_mask, dtype)
     if padding is not None:
         added = added.masked_fill(padding, _NEG_INF)
     dead = added.isneginf().all(-1, keepdim=True)
@@ -89,7 +92,7 @@ def _four_d(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.ndim)]
 
 
-def _to_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast an additive mask so that -inf stays -inf and large finite values stay finite."""
     if mask.dtype == dtype:
         return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -67,18 +68,23 @@ def insert_visual_tokens(
         A :class:`VisualSequence`.
 
     Raises:
-        TypeError: If ``input_ids`` is not integer or embeddings are not floating point.
-        ValueError: If shapes or devices do not fit, or if a sample holds another number of
-            placeholders than ``images_per_sample`` says; the message names the sample.
+        TypeError: If ids, labels or counts are not integer, or embeddings not floating point.
+        ValueError: If shapes, devices or padding options do not fit, or if a sample holds another
+            number of placeholders than ``images_per_sample`` says; the message names the sample.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``concat``, which drops samples
     without images and gives a sample's images to its placeholders in reverse order.
     """
-    _check(text_embeds, input_ids, visual_tokens, attention_mask, labels, padding_side)
+    _check(text_embeds, input_ids, visual_tokens, attention_mask, labels)
+    _check_padding(pad_to_multiple_of, padding_side)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    if attention_mask.dtype == torch.bool and visual_mask_value not in (0, 1):
-        raise ValueError(f"a bool attention_mask cannot hold visual_mask_value {visual_mask_value}")
+    largest = 1 if attention_mask.dtype == torch.bool else torch.iinfo(torch.int32).max
+    if not 1 <= visual_mask_value <= largest:
+        raise ValueError(
+            f"visual_mask_value must be from 1 to {largest} in an attention_mask of "
+            f"{attention_mask.dtype}, got {visual_mask_value}"
+        )
     kept = _without_padding(attention_mask != 0)
     placeholder = (input_ids == image_token_id) & kept
     _check_counts(placeholder.sum(1), images_per_sample, visual_tokens.shape[0])
@@ -127,7 +133,6 @@ def _check(
     visual_tokens: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor | None,
-    padding_side: str,
 ) -> None:
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(
@@ -152,12 +157,20 @@ def _check(
             raise ValueError(
                 f"{name} must be [B, T] = {list(input_ids.shape)}, got {list(extra.shape)}"
             )
-    devices = {t.device for t in (text_embeds, input_ids, visual_tokens)}
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise TypeError(f"labels must be integer, got {labels.dtype}")
+    given = (text_embeds, input_ids, visual_tokens, attention_mask, labels)
+    devices = {tensor.device for tensor in given if tensor is not None}
     if len(devices) > 1:
         raise ValueError(
-            "text_embeds, input_ids and visual_tokens must be on one device, got "
+            "embeddings, ids, mask and labels must be on one device, got "
             + ", ".join(sorted(map(str, devices)))
         )
+
+
+def _check_padding(pad_to_multiple_of: int | None, padding_side: str) -> None:
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
 
@@ -165,7 +178,9 @@ def _check(
 def _check_counts(
     found: Tensor, images_per_sample: Sequence[int] | Tensor, num_images: int
 ) -> None:
-    counts = [int(count) for count in images_per_sample]
+    if isinstance(images_per_sample, Tensor):
+        images_per_sample = images_per_sample.tolist()
+    counts = [operator.index(count) for count in images_per_sample]  # TypeError unless integers
     if len(counts) != found.numel():
         raise ValueError(
             f"images_per_sample has {len(counts)} entries for a batch of {found.numel()}"
