@@ -12,11 +12,8 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -24,15 +21,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks import measure, model
 from benchmarks.peers import UpstreamPerceiver
 from visproj import PerceiverProjector, fold
 from visproj.reference import projector_ref
 
 CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, 256
 console = Console(width=100)
-aten = torch.ops.aten
 
 
 def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -52,31 +48,13 @@ def inputs(batch: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(batch, 1 + TOKENS, width).to(dtype)
 
 
-def paired_seconds(
-    runs: Mapping[str, Callable[[], Any]], pairs: int, description: str
-) -> dict[str, list[float]]:
-    """Every run in turn, ``pairs`` times over after a warm-up."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in track(range(pairs), description, console=console, transient=True):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _caller(module: nn.Module, x: Tensor) -> measure.Call:
+    return lambda _: module(x)
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of one call; CPU attention, which torch counts as nothing, included."""
-
-    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        module(x)
-    return counter.get_total_flops() / 2
+    """Multiply-adds of one call."""
+    return model.costs(module, [x], trains=False)["forward"].flops / 2
 
 
 def peak_mib(name: str, batch: int) -> float:
@@ -141,8 +119,9 @@ def time_table(batch: int, pairs: int) -> Table:
     for dtype in (torch.float32, torch.bfloat16):
         modules = peers(CLIP_L, LLAMA_7B, dtype)
         x = inputs(batch, CLIP_L, dtype)
-        runs = {name: partial(module, x) for name, module in modules.items()}
-        seconds = paired_seconds(runs, pairs, f"timing {dtype}")
+        runs = {name: _caller(module, x) for name, module in modules.items()}
+        with console.status(f"timing {dtype}"):
+            seconds = measure.paired_samples(runs, x.device, seconds=0, min_rounds=pairs)
         for name, module in modules.items():
             table.add_row(
                 str(dtype).removeprefix("torch."),

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Everything that a machine with an NVIDIA GPU can show, in one folder: benchmarks/gpu.sh [options]
+#
+#   --full        all shapes instead of the quick set, without a time limit
+#   --out DIR     folder for the results (default visproj-bench)
+#   --set NAME    a set of benchmarks/cases.py; with "smoke" it can be tried on a CPU
+#   --tests PATH  tests to run (default tests)
+#
+# Needs PyTorch and pytest, no network. What is missing beside them is left out and said so.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+set_name=quick minutes=4.5 out=visproj-bench tests=tests
+while [ $# -gt 0 ]; do
+    case $1 in
+    --full) set_name=full minutes= && shift ;;
+    --out) out=$2 && shift 2 ;;
+    --set) set_name=$2 && shift 2 ;;
+    --tests) tests=$2 && shift 2 ;;
+    *) sed -n '2,9p' "$0" && exit 2 ;;
+    esac
+done
+mkdir -p "$out"
+python=${PYTHON:-python3}
+failed=()
+
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+# step NAME COMMAND...: output into a file of that name; a failure is remembered and the rest goes on.
+step() {
+    local name=$1 && shift
+    printf '== %s (%s s)\n' "$name" "$SECONDS"
+    if ! "$@" >"$out/$name.log" 2>&1; then
+        failed+=("$name")
+        tail -n 20 "$out/$name.log"
+    fi
+}
+
+# Test files that import what is not here cannot run.
+ignored=()
+for package in typer rich matplotlib hypothesis sklearn onnxruntime safetensors xdist; do
+    has "$package" && continue
+    printf 'without %s\n' "$package"
+    while read -r file; do
+        ignored+=("--ignore=$file")
+    done < <(grep -rlE "^(from|import) $package\b" "$tests")
+done
+step install "$python" -m pip install -e . --no-deps --no-build-isolation
+
+# Kernels compile on the CPU, one process a core up to 8; the GPU's memory is shared among them.
+cores=$(nproc)
+workers=$((cores < 8 ? cores : 8))
+parallel=(-o "addopts=--strict-markers --import-mode=importlib")
+has xdist && parallel+=(-n "$workers")
+step tests timeout 200 "$python" -m pytest "$tests" -q "${parallel[@]}" \
+    --continue-on-collection-errors ${ignored[@]+"${ignored[@]}"}
+tail -n 5 "$out/tests.log"
+
+printf '== benchmarks, %s set (%s s)\n' "$set_name" "$SECONDS"
+arguments=(--set "$set_name" --out "$out" --graphs ${minutes:+--minutes "$minutes"})
+"$python" -m benchmarks.report "${arguments[@]}" 2>&1 | tee "$out/benchmarks.log" ||
+    failed+=(benchmarks)
+
+printf '== done in %s s: %s\n' "$SECONDS" "$out"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed: %s; see the logs there\n' "${failed[*]}"
+    exit 1
+fi

@@ -1,0 +1,197 @@
+"""What a call costs on paper: FLOPs, bytes and launches counted from the code that runs.
+
+The module is run on fake tensors, which have shapes and no data, and every operation that reaches
+the dispatcher is written down. Nothing here is a measurement, and whatever is derived from it is
+labelled "model".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+aten = torch.ops.aten
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch counts attention on a CPU as nothing.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_FORMULAS = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
+# These neither are views to the dispatcher nor start a kernel.
+_NO_KERNEL = {
+    aten._unsafe_view,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.lift_fresh,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that the model assumes; published figures, see the sources.
+
+    Attributes:
+        matmul: 16-bit matrix products, FLOP/s.
+        attention: Fused attention forward, FLOP/s.
+        attention_backward: Its backward, FLOP/s.
+        bandwidth: Memory, bytes/s.
+        launch: Between two kernels, s.
+    """
+
+    matmul: float
+    attention: float
+    attention_backward: float
+    bandwidth: float
+    launch: float = 4e-6
+
+
+# Matmul: stas00/ml-engineering, compute/accelerator. Attention: FlashAttention-3's paper and its
+# successors' tables. Bandwidth: what norm kernels reach (Dao-AILab/quack).
+MACHINES = {
+    "H100": Machine(790e12, 480e12, 310e12, 3.0e12),
+    "A100": Machine(280e12, 200e12, 140e12, 1.7e12),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation: its name, FLOPs, and bytes read and written."""
+
+    name: str
+    flops: int
+    bytes: int
+
+    def seconds(self, machine: Machine) -> float:
+        """Whichever takes longer, arithmetic or memory."""
+        rate = machine.matmul
+        if "attention" in self.name:
+            backward = "backward" in self.name
+            rate = machine.attention_backward if backward else machine.attention
+        return max(self.flops / rate, self.bytes / machine.bandwidth)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A call's launches, and the bytes that no implementation can avoid.
+
+    ``min_bytes`` has weights, inputs and outputs once each, in a backward also the gradients.
+    """
+
+    launches: tuple[Launch, ...]
+    min_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of matrix products and attention, two a multiply-add."""
+        return sum(launch.flops for launch in self.launches)
+
+    def seconds(self, machine: Machine) -> float:
+        """Roofline: kernels one after another, or the host's launches if those take longer."""
+        kernels = sum(launch.seconds(machine) for launch in self.launches)
+        return max(kernels, len(self.launches) * machine.launch)
+
+    def floor_seconds(self, flop_rate: float, bandwidth: float) -> float:
+        """No call with these FLOPs is faster at these rates (FLOP/s, bytes/s)."""
+        return max(self.flops / flop_rate, self.min_bytes / bandwidth)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if func.namespace == "prim" or func.is_view or packet in _NO_KERNEL:
+            return out
+        formula = _FORMULAS.get(packet)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        moved = sum(map(touched_bytes, _tensors((args, read, out))))
+        self.launches.append(Launch(str(packet), flops, moved))
+        return out
+
+
+def touched_bytes(x: Tensor) -> int:
+    """Bytes behind ``x``; a dimension that is expanded lies in memory once."""
+    count = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count
+
+
+def costs(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    trains: bool = True,
+    input_gradients: bool = False,
+) -> dict[str, Cost]:
+    """What forward, backward and both cost, by mode; without running them.
+
+    Args:
+        module: Not compiled. It is left alone: a copy with fake weights runs.
+        inputs: Of the shapes wanted.
+        trains: Whether to count a backward, for a gradient of the output's shape.
+        input_gradients: Whether that backward goes to the inputs as well.
+    """
+    fake = FakeTensorMode()
+    weights = [*module.parameters(), *module.buffers()]
+    twin = copy.deepcopy(module, {id(weight): fake.from_tensor(weight) for weight in weights})
+    fake_inputs = [
+        fake.from_tensor(x.detach()).requires_grad_(trains and input_gradients) for x in inputs
+    ]
+    leaves = [x for x in (*twin.parameters(), *fake_inputs) if x.requires_grad]
+    with fake, torch.set_grad_enabled(trains), _Recorder() as recorder:
+        out = twin(*fake_inputs)
+        ahead = tuple(recorder.launches)
+        if trains:
+            torch.autograd.grad(out, leaves, torch.empty_like(out))
+    back = tuple(recorder.launches[len(ahead) :])
+    read = _total((*weights, *fake_inputs))
+    written = _total((out,))
+    found = {"forward": Cost(ahead, read + written)}
+    if trains:
+        gradients = _total(leaves)
+        found["backward"] = Cost(back, read + written + gradients)
+        # The output is written, and its gradient, as large, is read.
+        found["forward+backward"] = Cost(ahead + back, read + 2 * written + gradients)
+    return found
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _total(tensors: Iterable[Tensor]) -> int:
+    return sum(map(touched_bytes, tensors))

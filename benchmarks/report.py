@@ -1,0 +1,304 @@
+"""Run a set of cases and report: ``python -m benchmarks.report --set smoke --out results``.
+
+Writes ``results.csv``, ``report.md`` and plots; the latter two come from the CSV alone, so
+``--from-csv`` makes them again on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, suite
+from benchmarks.cases import SETS, Group, groups
+from benchmarks.results import (
+    FAILED,
+    LEFT_OUT,
+    Change,
+    Results,
+    Row,
+    Writer,
+    compare,
+    machine_notes,
+    read,
+)
+
+ENDED_EARLY = "ended early"
+EXPLANATION = """\
+Times are medians with the 20th and 80th percentile. Ratios come from pairs: the implementations of
+a group run in turn, and what slows the machine down slows both of a pair. *upstream* is
+DeepSpeed-VisualChat's arithmetic, *fair* the same formula with SDPA and queries prepared once a
+call; of `baseline` and `linear_layer_norm` the two are the same. Peak memory is that of one call
+above weights and inputs.
+
+**Columns headed "model" are counted and computed, not measured.** The floor is the larger of the
+row's FLOPs at this machine's best matrix product and its smallest traffic at this machine's best
+copy, both measured at the start; "share of floor (model)" is that floor divided by the measured
+time. The H100 and A100 columns are a roofline at published rates.
+
+Every implementation was compared with the fp64 oracle before it was timed, at the shape that was
+timed: outputs, and where it trains all gradients for a random gradient of the output. The whole
+batch ran; where fp64 is slow, only some of its images were compared ("images checked")."""
+
+
+def run(
+    set_name: str,
+    path: Path,
+    *,
+    device: torch.device,
+    seconds: float,
+    minutes: float | None,
+    graphs: bool = False,
+) -> bool:
+    """Measure a set into a CSV file; whether it came to its end.
+
+    Args:
+        set_name: One of the registry's sets.
+        path: The CSV file.
+        device: Where to run.
+        seconds: Time for a group in one mode, s.
+        minutes: When to stop starting new groups, min; ``None`` for never.
+        graphs: Whether to time forwards from CUDA graphs as well.
+    """
+    todo = groups(set_name)
+    print("measuring the machine's ceilings", flush=True)
+    ceilings = measure.ceilings(device, suite.dtypes_of(todo))
+    notes = {"set": set_name, **machine_notes(device)}
+    notes["large copy"] = f"{ceilings.copy / 1e9:.1f} GB/s"
+    notes["large matmul"] = ", ".join(
+        f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in ceilings.matmul.items()
+    )
+    start = time.monotonic()
+    done = 0
+    with Writer(path, notes) as writer:
+        try:
+            for group in progress(todo):
+                if minutes is not None and time.monotonic() - start > 60 * minutes:
+                    break
+                try:
+                    for rows in suite.measured(
+                        group, device, ceilings, seconds=seconds, graphs=graphs
+                    ):
+                        writer.write(rows)
+                except Exception as error:  # no memory for the oracle, say: other groups may fit
+                    name = f"{group.task.name} {group.shape} {ENDED_EARLY}"
+                    writer.note(name, f"{type(error).__name__}: {error}"[:200])
+                else:
+                    done += 1
+        except KeyboardInterrupt:
+            print("\nstopped: what was measured is kept", flush=True)
+        if done < len(todo):
+            writer.note("stopped early", f"{done} of {len(todo)} groups")
+    return done == len(todo)
+
+
+def progress(todo: Sequence[Group]) -> Iterator[Group]:
+    """The groups, with a bar; where rich is not installed, a line each."""
+    try:
+        from rich.progress import Progress
+    except ModuleNotFoundError:
+        for number, group in enumerate(todo, 1):
+            print(f"{number}/{len(todo)} {group.task.name} {group.shape}", flush=True)
+            yield group
+        return
+    with Progress() as bar:
+        task = bar.add_task("", total=len(todo))
+        for group in todo:
+            bar.update(task, description=f"{group.task.name} {group.shape}")
+            yield group
+            bar.advance(task)
+
+
+def markdown(results: Results, old: Results | None = None, pictures: Sequence[Path] = ()) -> str:
+    """The report of a result file."""
+    parts = ["# Benchmark report", "\n".join(f"- {k}: {v}" for k, v in results.notes.items())]
+    if old:
+        parts += ["## Changes", *_changes(old, results)]
+    parts += ["## How to read this", EXPLANATION]
+    failed = [row for row in results.rows if row.status == FAILED]
+    if failed:
+        listed = [(row.task, row.implementation, row.shape, row.mode, row.reason) for row in failed]
+        parts += [
+            "## Failed: no time",
+            table(("task", "implementation", "shape", "mode", "why"), listed),
+        ]
+    parts += ["## Measured", *_measured(results.rows)]
+    reasons = sorted({(r.task, r.implementation, r.dtype, r.reason) for r in _left_out(results)})
+    if reasons:
+        parts += ["## Left out", table(("task", "implementation", "dtype", "why"), reasons)]
+    if pictures:
+        parts += ["## Plots", *(f"![{path.stem}]({path.name})" for path in pictures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _left_out(results: Results) -> list[Row]:
+    return [row for row in results.rows if row.status == LEFT_OUT]
+
+
+def _measured(rows: Sequence[Row]) -> Iterator[str]:
+    """One table a task and mode."""
+    timed = [row for row in rows if row.time_us is not None]
+    heads = (
+        "shape",
+        "implementation",
+        "time, ms",
+        "upstream / it",
+        "fair / it",
+        "peak, MiB",
+        "launches",
+        "kernels, µs",
+        "output error",
+        "gradient error",
+        "images checked",
+        "GFLOP (model)",
+        "launches (model)",
+        "share of floor (model)",
+        "H100, µs (model)",
+        "A100, µs (model)",
+    )
+    for task, mode in dict.fromkeys((row.task, row.mode) for row in timed):
+        yield f"### {task}, {mode}"
+        yield table(
+            heads,
+            [
+                (
+                    row.shape,
+                    row.implementation,
+                    _spread(row.time_us, row.time_us_p20, row.time_us_p80, ".3g", 1e-3),
+                    _spread(row.vs_upstream, row.vs_upstream_p20, row.vs_upstream_p80, ".2f"),
+                    _spread(row.vs_fair, row.vs_fair_p20, row.vs_fair_p80, ".2f"),
+                    _number(row.peak_mib, ".1f"),
+                    _number(row.launches, "d"),
+                    _number(row.kernel_us, ".1f"),
+                    _number(row.output_error, ".0e"),
+                    _number(row.gradient_error, ".0e"),
+                    f"{row.checked_images} of {row.batch}",
+                    _number(row.model_gflop, ".3g"),
+                    _number(row.model_launches, "d"),
+                    _number(row.share_of_model_floor, ".0%"),
+                    _number(row.model_h100_us, ".0f"),
+                    _number(row.model_a100_us, ".0f"),
+                )
+                for row in timed
+                if (row.task, row.mode) == (task, mode)
+            ],
+        )
+
+
+def _changes(old: Results, new: Results) -> Iterator[str]:
+    changes = compare(old, new)
+    yardstick = sorted(c.time for c in changes if c.change is None)
+    yield (
+        f"Against commit {old.notes.get('commit', 'unknown')} on {old.notes.get('device')}: "
+        f"{len(changes)} rows in both runs."
+    )
+    if yardstick:
+        yield (
+            "Judged by the ratio to the fair baseline, whose code does not change. Its own times "
+            f"differ by {statistics.median(yardstick):+.1%} ({yardstick[0]:+.1%} to "
+            f"{yardstick[-1]:+.1%}): so much is the machine."
+        )
+    beyond = [change for change in changes if change.beyond]
+    if not beyond:
+        yield "No row changed beyond its spread."
+        return
+    heads = ("task", "implementation", "shape", "mode", "against fair", "beyond the spread")
+    yield table((*heads, "ms before", "ms now"), [_change_row(change) for change in beyond])
+
+
+def _change_row(change: Change) -> tuple[str, ...]:
+    row = change.new
+    return (
+        row.task,
+        row.implementation,
+        row.shape,
+        row.mode,
+        f"{change.change or 0:+.1%}",
+        f"{change.beyond:+.1%}",
+        *(_number(r.time_us, ".3g", 1e-3) for r in (change.old, row)),
+    )
+
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _spread(
+    median: float | None, p20: float | None, p80: float | None, form: str, scale: float = 1
+) -> str:
+    if median is None:
+        return "-"
+    middle, low, high = (_number(value, form, scale) for value in (median, p20, p80))
+    return f"{middle} ({low} to {high})"
+
+
+def write_report(path: Path, old: Results | None) -> str:
+    """Draw and write everything that comes from the CSV at ``path``; the report's text."""
+    from benchmarks import plots
+
+    results = read(path)
+    try:
+        pictures = plots.draw(results, path.parent)
+    except ModuleNotFoundError as missing:
+        print(f"no plots: {missing}", flush=True)
+        pictures = []
+    text = markdown(results, old, pictures)
+    (path.parent / "report.md").write_text(text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 if an implementation failed its check or a group broke off, else 0."""
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--set", default="quick" if on_gpu else "smoke", choices=SETS)
+    parser.add_argument("--out", type=Path, default=Path("visproj-bench"), help="folder")
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="tell what changed since")
+    parser.add_argument("--from-csv", type=Path, help="do not measure: report this file")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for a group in one mode")
+    parser.add_argument("--minutes", type=float, help="start no new group after this long")
+    parser.add_argument("--graphs", action="store_true", help="time CUDA graphs as well")
+    options = parser.parse_args(arguments)
+
+    try:
+        old, done = (p and read(p) for p in (options.compare, options.from_csv))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.csv"
+    if done:
+        if options.from_csv.resolve() != path.resolve():
+            path.write_text(options.from_csv.read_text())
+    else:
+        run(
+            options.set,
+            path,
+            device=torch.device(options.device),
+            seconds=options.seconds,
+            minutes=options.minutes,
+            graphs=options.graphs,
+        )
+    write_report(path, old)
+    results = read(path)
+    failed = sum(row.status == FAILED for row in results.rows)
+    failed += sum(note.endswith(ENDED_EARLY) for note in results.notes)
+    print(f"{len(results.rows)} rows, {failed} failed: {path}, {options.out / 'report.md'}")
+    if old:
+        print(*_changes(old, results), sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""The CSV file: one row a measurement, notes about the machine above them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, get_type_hints
+
+import torch
+
+OK, FAILED, LEFT_OUT = "ok", "failed", "left out"
+# What others are compared with from run to run: code of a peer, which does not change.
+YARDSTICK = "fair"
+# A change is told from this on, if it is also beyond the spread of both runs.
+LEAST_CHANGE = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation at one shape in one mode.
+
+    Columns that begin with ``model`` come from counting, not from a clock. Times are medians with
+    the 20th and 80th percentile; ``vs_*`` is how many times longer that baseline takes, from pairs.
+    """
+
+    task: str
+    implementation: str
+    mode: str
+    encoder: str
+    vision_width: int
+    tokens: int
+    lang_dim: int
+    batch: int
+    dtype: str
+    status: str = OK
+    reason: str = ""
+    output_error: float | None = None
+    gradient_error: float | None = None
+    checked_images: int | None = None
+    samples: int | None = None
+    time_us: float | None = None
+    time_us_p20: float | None = None
+    time_us_p80: float | None = None
+    vs_upstream: float | None = None
+    vs_upstream_p20: float | None = None
+    vs_upstream_p80: float | None = None
+    vs_fair: float | None = None
+    vs_fair_p20: float | None = None
+    vs_fair_p80: float | None = None
+    peak_mib: float | None = None
+    launches: int | None = None
+    kernel_us: float | None = None
+    model_gflop: float | None = None
+    model_min_mb: float | None = None
+    model_launches: int | None = None
+    model_floor_us: float | None = None
+    share_of_model_floor: float | None = None
+    model_h100_us: float | None = None
+    model_a100_us: float | None = None
+
+    @property
+    def shape(self) -> str:
+        """Encoder, language width, batch and dtype in one word."""
+        return f"{self.encoder}-D{self.lang_dim}-B{self.batch}-{self.dtype}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What a row of another run must share to be compared with this one."""
+        return self.task, self.shape, self.mode, self.implementation
+
+
+_TYPES = get_type_hints(Row)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole file: notes by name, and rows."""
+
+    notes: dict[str, str]
+    rows: list[Row]
+
+
+class Writer:
+    """Writes rows as they come, so that a run that ends early leaves what it had."""
+
+    def __init__(self, path: Path, notes: dict[str, str]) -> None:
+        self._file = path.open("w", newline="")
+        for name, text in notes.items():
+            self.note(name, text)
+        self._csv = csv.DictWriter(self._file, [field.name for field in fields(Row)])
+        self._csv.writeheader()
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Append rows; they are on the disk afterwards."""
+        self._csv.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            for row in rows
+        )
+        self._file.flush()
+
+    def note(self, name: str, text: str) -> None:
+        """Append a note, also after rows."""
+        self._file.write(f"# {name}: {' '.join(text.split())}\n")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Results:
+    """Read what :class:`Writer` wrote.
+
+    Raises:
+        ValueError: If the file has other columns.
+    """
+    lines = path.read_text().splitlines()
+    notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    table = csv.DictReader(line for line in lines if not line.startswith("# "))
+    if set(table.fieldnames or ()) != set(_TYPES):
+        raise ValueError(f"{path} is no benchmark result, or one of another version")
+    return Results(notes, [Row(**{k: _parse(k, v) for k, v in row.items()}) for row in table])
+
+
+def _parse(name: str, text: str) -> Any:
+    kind = _TYPES[name]
+    if kind is str:
+        return text
+    if text == "":
+        return None
+    return int(text) if kind in (int, int | None) else float(text)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row in two runs.
+
+    Attributes:
+        old: The row of the old run.
+        new: The same of the new run.
+        time: Change of the median time; 0.2 is 20 % slower.
+        change: The same of the time divided by the fair baseline's, measured in turn with it, so
+            that a machine that was busier in one run does not count; of the time itself where a run
+            has no such ratio, and ``None`` for the fair baseline, which is the yardstick.
+        beyond: The part of it by which the spreads are apart, 0 if they overlap.
+    """
+
+    old: Row
+    new: Row
+    time: float
+    change: float | None
+    beyond: float
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """All rows that both runs timed, largest slow-down first."""
+    before = {row.key: row for row in old.rows if row.time_us is not None}
+    changes = []
+    for row in new.rows:
+        other = before.get(row.key)
+        if other is None or row.time_us is None:
+            continue
+        has_ratios = row.vs_fair is not None and other.vs_fair is not None
+        (was, was_low, was_high), (now, low, high) = (_cost(r, has_ratios) for r in (other, row))
+        time = _cost(row, False)[0] / _cost(other, False)[0] - 1
+        if row.implementation == YARDSTICK:
+            changes.append(Change(other, row, time, None, 0.0))
+            continue
+        change = now / was - 1
+        beyond = max(low / was_high - 1, 0.0) + min(high / was_low - 1, 0.0)
+        if abs(change) < LEAST_CHANGE:
+            beyond = 0.0
+        changes.append(Change(other, row, time, change, beyond))
+    return sorted(changes, key=lambda change: -(change.change or 0.0))
+
+
+def _cost(row: Row, as_ratio: bool) -> tuple[float, float, float]:
+    """Median, low and high of the time, or of the time over the fair baseline's."""
+    values = (
+        (row.vs_fair, row.vs_fair_p80, row.vs_fair_p20)
+        if as_ratio
+        else (row.time_us, row.time_us_p20, row.time_us_p80)
+    )
+    median, low, high = (float("nan") if v is None else 1 / v if as_ratio else v for v in values)
+    return median, low, high
+
+
+def machine_notes(device: torch.device) -> dict[str, str]:
+    """Device, driver, versions and commit."""
+    notes = {"device": _device_name(device)}
+    if device.type == "cuda":
+        notes["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+        notes["CUDA"] = str(torch.version.cuda)
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "visproj")}
+    notes["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    notes["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    notes["fp32 matmul"] = torch.get_float32_matmul_precision()
+    notes["commit"] = _output("git", "describe", "--always", "--dirty")
+    return notes
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0]
