@@ -72,6 +72,8 @@ class Prepared:
         calls, failures = {}, {}
         for candidate in self.candidates:
             if candidate.fit and candidate.has(mode):
+                assert candidate.module is not None
+                candidate.module.train(mode not in ("forward", GRAPH_MODE))
                 try:
                     call = self.call(candidate, mode)
                     call(0)

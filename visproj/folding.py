@@ -202,7 +202,7 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
     def _key_positions(self, grid: Grid) -> Tensor:
         if list(grid) == self.config["grid"]:
             return self.key_positions
-        return self._resized(self.position_table, tuple(self.config["query_grid"]), grid)
+        return self._positions.resize(self.position_table, tuple(self.config["query_grid"]), grid)
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
