@@ -8,12 +8,15 @@ labelled "model".
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +27,29 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
+
+
+def _product(args: Mapping[str, Any]) -> int:
+    return 2 * args["M"] * args["N"] * args["K"]
+
+
+def _attention_products(count: int) -> Callable[[Mapping[str, Any]], int]:
+    """FLOPs of so many products of queries, keys and head width, for every image and head."""
+
+    def flops(args: Mapping[str, Any]) -> int:
+        batch, keys, heads, width = args["k_ptr"].shape
+        return 2 * count * batch * heads * args["queries"] * keys * width
+
+    return flops
+
+
+KERNEL_FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "_linear_fwd_kernel": _product,
+    "_linear_bwd_weight_kernel": _product,
+    "_cross_attention_fwd_kernel": _attention_products(2),
+    "_cross_attention_bwd_dkv_kernel": _attention_products(4),
+    "_cross_attention_bwd_dq_kernel": _attention_products(3),
+}
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -40,6 +66,8 @@ CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 _FORMULAS = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
+# Inside a custom operation these arrive before they are taken apart.
+_WHOLE = {aten.linear, aten.matmul}
 # These neither are views to the dispatcher nor start a kernel.
 _NO_KERNEL = {
     aten._unsafe_view,
@@ -81,17 +109,18 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation: its name, FLOPs, and bytes read and written."""
+    """One operation: its name, FLOPs, bytes read and written, and whether only weights enter."""
 
     name: str
     flops: int
     bytes: int
+    weights_only: bool = False
 
     def seconds(self, machine: Machine) -> float:
         """Whichever takes longer, arithmetic or memory."""
         rate = machine.matmul
         if "attention" in self.name:
-            backward = "backward" in self.name
+            backward = "backward" in self.name or "_bwd" in self.name
             rate = machine.attention_backward if backward else machine.attention
         return max(self.flops / rate, self.bytes / machine.bandwidth)
 
@@ -122,24 +151,87 @@ class Cost:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    """Writes down operations, and inside visproj's own the kernels that they launch.
+
+    A tensor follows from the inputs or, like the queries of a Perceiver, from the weights alone.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self.launches: list[Launch] = []
+        self._alive: list[Tensor] = []  # else a later tensor may get the address of an earlier one
+        self._from_weights = set(map(self._storage, weights))
+        self._from_inputs = set(map(self._storage, inputs))
+
+    def follow(self, x: Tensor) -> None:
+        """Count what is made of ``x`` as made of an input."""
+        self._from_inputs.add(self._storage(x))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         packet = func._overloadpacket
+        if func.namespace == "visproj":
+            return self._look_inside(func, args, kwargs)
+        if packet in _WHOLE:
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         if func.namespace == "prim" or func.is_view or packet in _NO_KERNEL:
             return out
         formula = _FORMULAS.get(packet)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         read = {name: value for name, value in kwargs.items() if name != "out"}
-        moved = sum(map(touched_bytes, _tensors((args, read, out))))
-        self.launches.append(Launch(str(packet), flops, moved))
+        self._add(str(packet), flops, [*_tensors((args, read))], [*_tensors(out)])
         return out
+
+    def _storage(self, x: Tensor) -> int:
+        self._alive.append(x)
+        return x.untyped_storage()._cdata
+
+    def _add(self, name: str, flops: int, read: list[Tensor], written: list[Tensor]) -> None:
+        weights_only = self._from_inputs.isdisjoint(map(self._storage, read))
+        (self._from_weights if weights_only else self._from_inputs).update(
+            map(self._storage, written)
+        )
+        moved = sum(map(touched_bytes, (*read, *written)))
+        self.launches.append(Launch(name, flops, moved, weights_only))
+
+    def _look_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation's body on fake tensors, its kernels written down instead of started."""
+        from visproj.kernels import (
+            cross_attention,
+            cross_attention_backward,
+            launch,
+            linear,
+            linear_backward,
+        )
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(launch, "start", self._kernel))
+            for module in (cross_attention, cross_attention_backward, linear, linear_backward):
+                # Fake tensors have no address.
+                stack.enter_context(mock.patch.object(module, "describable", return_value=True))
+            stack.enter_context(self)
+            return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+
+    def _kernel(
+        self,
+        kernel: Any,
+        programs: int,
+        args: tuple[Any, ...],
+        constants: dict[str, Any],
+        config: object,
+    ) -> None:
+        """A kernel writes what nothing has read or written before it."""
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        tensors = [x for x in named.values() if isinstance(x, Tensor)]
+        seen = self._from_inputs | self._from_weights
+        read = [x for x in tensors if self._storage(x) in seen]
+        written = [x for x in tensors if self._storage(x) not in seen]
+        name = kernel.__name__
+        self._add(name, KERNEL_FLOPS.get(name, lambda _: 0)(named), read, written)
 
 
 def touched_bytes(x: Tensor) -> int:
@@ -172,11 +264,14 @@ def costs(
         fake.from_tensor(x.detach()).requires_grad_(trains and input_gradients) for x in inputs
     ]
     leaves = [x for x in (*twin.parameters(), *fake_inputs) if x.requires_grad]
-    with fake, torch.set_grad_enabled(trains), _Recorder() as recorder:
+    recorder = _Recorder((*twin.parameters(), *twin.buffers()), fake_inputs)
+    with fake, torch.set_grad_enabled(trains), recorder:
         out = twin(*fake_inputs)
         ahead = tuple(recorder.launches)
         if trains:
-            torch.autograd.grad(out, leaves, torch.empty_like(out))
+            gradient = torch.empty_like(out)
+            recorder.follow(gradient)
+            torch.autograd.grad(out, leaves, gradient)
     back = tuple(recorder.launches[len(ahead) :])
     read = _total((*weights, *fake_inputs))
     written = _total((out,))

@@ -9,6 +9,7 @@ _root = _Path(__file__).resolve().parent.parent
 if not (_root / "visproj" / "kernels").is_dir() and (_root / "kernels" / "support.py").is_file():
     __path__.append(str(_root))
 
+from visproj.backend import use_backend  # noqa: E402
 from visproj.folding import fold, load_folded  # noqa: E402
 from visproj.projectors import (  # noqa: E402
     LinearProjector,
@@ -37,6 +38,7 @@ __all__ = [
     "fold",
     "insert_visual_tokens",
     "load_folded",
+    "use_backend",
 ]
 
 

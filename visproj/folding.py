@@ -171,7 +171,7 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
         features, key_padding_mask = flatten_batch(x, key_padding_mask, self.config["has_cls"])
         positions = self._key_positions(grid_of(features.shape[1], grid))
         keys, values = self._keys_and_values(features, positions)
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         queries = self.queries.to(keys.dtype)
         out = ops.cross_attention(queries, keys, values, **masks).flatten(-2)
         maps = ops.cross_attention_maps(queries, keys, **masks) if return_attention else None

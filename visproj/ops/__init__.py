@@ -1,6 +1,14 @@
 """Public operations: arguments checked, dtypes settled, then handed to an implementation."""
 
+from visproj.backend import runs_triton
 from visproj.ops.cross_attention import cross_attention, cross_attention_maps
 from visproj.ops.linear_layer_norm import linear_layer_norm
+from visproj.ops.linear_norm_linear import linear_norm_linear
 
-__all__ = ["cross_attention", "cross_attention_maps", "linear_layer_norm"]
+__all__ = [
+    "cross_attention",
+    "cross_attention_maps",
+    "linear_layer_norm",
+    "linear_norm_linear",
+    "runs_triton",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,13 +45,13 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
         )
 
 
-def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as a matrix product would take them under the ambient autocast, if any."""
-    device = tensors[0].device
-    if not _autocasts(device) or tensors[0].dtype == torch.float64:
+    tensors = (first, *others)
+    if not _autocasts(first.device) or first.dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def _autocasts(device: torch.device) -> bool:

@@ -6,10 +6,11 @@ as soon as calling the child does more: LoRA adapters, quantised weights, hooks,
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj import ops
 
@@ -60,15 +61,33 @@ def is_plain_attention(attention: nn.Module, width: int) -> TypeGuard[nn.Multihe
     )
 
 
-def linear_layer_norm(x: Tensor, linear: nn.Module, norm: nn.Module) -> Tensor:
-    """``norm(linear(x))``, as one operation where both are plain."""
-    if (
-        is_plain(linear, nn.Linear)
+def is_plain_norm(norm: Any, linear: Any) -> bool:
+    """Whether ``norm`` is a plain LayerNorm with a gain over the output of a plain ``linear``."""
+    return (
+        (is_plain(linear, nn.Linear) or is_plain(linear, NonDynamicallyQuantizableLinear))
         and is_plain(norm, nn.LayerNorm)
         and norm.weight is not None
         and norm.normalized_shape == (linear.out_features,)
-    ):
+    )
+
+
+def linear_layer_norm(x: Tensor, linear: Any, norm: Any) -> Tensor:
+    """``norm(linear(x))``, as one operation where both are plain."""
+    if is_plain_norm(norm, linear):
         return ops.linear_layer_norm(
             x, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps
         )
     return norm(linear(x))
+
+
+def linear_norm_linear(
+    x: Tensor,
+    linear: Any,
+    norm: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    **positions: Any,
+) -> Tensor:
+    """``norm(linear(x)) weightᵀ + bias`` for a pair that :func:`is_plain_norm` allows."""
+    pair = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+    return ops.linear_norm_linear(x, *pair, weight, bias, **positions)

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj import ops
 from visproj.ops.cross_attention import check_masks
 from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
-from visproj.projectors.fusion import is_plain_attention, linear_layer_norm
+from visproj.projectors.fusion import (
+    is_plain,
+    is_plain_attention,
+    is_plain_norm,
+    linear_layer_norm,
+    linear_norm_linear,
+)
 from visproj.reference.cross_attention import cast_mask
 
 
@@ -111,23 +118,72 @@ class PerceiverProjector(PositionedModule):
         features, key_padding_mask = flatten_batch(x, key_padding_mask, self.has_cls)
         grid = grid_of(features.shape[1], grid)
 
-        values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
         queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
-        keys = values + self._resized(self.pos_embed, self.query_grid, grid)
+        positions = self._resized(self.pos_embed, self.query_grid, grid)  # [L, D]
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        if ops.runs_triton(features) and self._is_plain():
+            out, maps = self._resample_fused(
+                features, queries, positions, return_attention, **masks
+            )
+            return unflatten_batch(out, maps, x.shape[:-2])
+
+        values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
+        keys = values + positions
         attend = (
             self._attend
             if is_plain_attention(self.attn, self.embed_dim)
             else self._attend_by_module
         )
-        out, maps = attend(
-            queries,
-            keys,
-            values,
-            return_attention,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-        )
+        out, maps = attend(queries, keys, values, return_attention, **masks)
         return unflatten_batch(self.projection(out), maps, x.shape[:-2])
+
+    def _is_plain(self) -> bool:
+        """Whether every child may be read instead of called."""
+        return (
+            is_plain_norm(self.ln_kv, self.kv_proj)
+            and is_plain_attention(self.attn, self.embed_dim)
+            and is_plain(self.attn.out_proj, NonDynamicallyQuantizableLinear)
+            and is_plain(self.projection, nn.Sequential)
+            and len(self.projection) == 2
+            and is_plain_norm(self.projection[0], self.attn.out_proj)
+            and is_plain(self.projection[1], nn.Linear)
+        )
+
+    def _resample_fused(
+        self,
+        features: Tensor,
+        queries: Tensor,
+        positions: Tensor,
+        return_attention: bool,
+        **masks: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """All of it from the children's weights: ``[B, Q, D]``, maps ``[B, heads, Q, L]``.
+
+        Keys and values come from one product, and so do the keys' positions for all images.
+        """
+        split = (self.embed_dim, 2 * self.embed_dim)
+        w_q, w_kv = self.attn.in_proj_weight.split(split)
+        b_q, b_kv = (
+            (None, None) if self.attn.in_proj_bias is None else self.attn.in_proj_bias.split(split)
+        )
+        kv = linear_norm_linear(
+            features,
+            self.kv_proj,
+            self.ln_kv,
+            w_kv,
+            b_kv,
+            positions=positions,
+            positioned=self.embed_dim,
+        )
+        q = F.linear(queries, w_q, b_q)
+        q = q.unflatten(-1, (self.attn.num_heads, -1))  # [Q, H, d]
+        kv = kv.unflatten(-1, (2, self.attn.num_heads, -1))  # [B, L, 2, H, d]
+        out = ops.cross_attention(q, kv, **masks).flatten(-2)
+        norm: Any
+        linear: Any
+        norm, linear = self.projection
+        out = linear_norm_linear(out, self.attn.out_proj, norm, linear.weight, linear.bias)
+        return out, ops.cross_attention_maps(q, kv[:, :, 0], **masks) if return_attention else None
 
     def _attend(
         self,
@@ -135,7 +191,7 @@ class PerceiverProjector(PositionedModule):
         keys: Tensor,
         values: Tensor,
         return_attention: bool,
-        **masks: Tensor | None,
+        **masks: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention with the weights of ``self.attn``: ``[B, Q, D]``, maps ``[B, heads, Q, L]``."""
         weights = self.attn.in_proj_weight.chunk(3)
@@ -153,7 +209,7 @@ class PerceiverProjector(PositionedModule):
         keys: Tensor,
         values: Tensor,
         return_attention: bool,
-        **masks: Tensor | None,
+        **masks: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The same by calling ``self.attn``, whatever has taken its place."""
         batch, length, _ = keys.shape

@@ -2,6 +2,7 @@
 
 from visproj.reference.cross_attention import cross_attention_maps_ref, cross_attention_ref
 from visproj.reference.linear_layer_norm import linear_layer_norm_ref
+from visproj.reference.linear_norm_linear import linear_norm_linear_ref
 from visproj.reference.projectors import (
     linear_projector_ref,
     perceiver_projector_ref,
@@ -13,6 +14,7 @@ __all__ = [
     "cross_attention_maps_ref",
     "cross_attention_ref",
     "linear_layer_norm_ref",
+    "linear_norm_linear_ref",
     "linear_projector_ref",
     "perceiver_projector_ref",
     "projector_ref",

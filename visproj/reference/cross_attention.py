@@ -88,13 +88,35 @@ def _merge_masks(
     return _four_d(added.masked_fill(dead, 0.0)), _four_d(dead)
 
 
+def additive_mask(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    batch: int,
+    heads: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Both masks as one to be added to the scores, ``[B or 1, H or 1, Q or 1, L]``."""
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask.unflatten(0, (batch, heads)) if attn_mask.ndim == 3 else attn_mask
+        mask = _four_d(_added(mask, dtype) if mask.dtype == torch.bool else cast_mask(mask, dtype))
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None, :]
+        mask = _added(padding, dtype) if mask is None else mask.masked_fill(padding, _NEG_INF)
+    return mask
+
+
+def _added(closed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(closed, dtype=dtype).masked_fill(closed, _NEG_INF)
+
+
 def _four_d(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.ndim)]
 
 
 def cast_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast an additive mask so that -inf stays -inf and large finite values stay finite."""
-    if mask.dtype == dtype:
-        return mask
     limits = torch.finfo(dtype)
+    if limits.max >= torch.finfo(mask.dtype).max:
+        return mask.to(dtype)
     return mask.clamp(limits.min, limits.max).to(dtype).masked_fill(mask.isneginf(), _NEG_INF)

@@ -1,0 +1,191 @@
+"""Shipped configurations, in one table by kernel and architecture.
+
+An entry is ``p`` for pointers or ``d`` for descriptors, the tile sizes, warps and stages; the first
+is the default. Every one was compiled for its architecture and neither spills nor asks for more
+shared memory than there is: ``python -m benchmarks.codegen`` shows it. Tiles are rows x columns x
+depth of a product, and queries x keys of attention.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+
+import torch
+
+from visproj.kernels.launch import Config, architecture, dot_precision
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+# bf16 and fp16, for sm_80, sm_86 and sm_89, sm_90, sm_100, sm_120. "_masked" takes an additive
+# mask, "_wide" a head padded to 256 instead of at most 128.
+_HALF: dict[str, tuple[str, str, str, str, str]] = {
+    "linear": (
+        "p128x128x64/8w3s p64x128x64/4w4s",
+        "p128x128x64/8w3s p64x128x64/4w3s",
+        "d128x256x64/8w3s d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w4s",
+        "d128x128x64/8w3s d128x128x64/8w4s p128x128x64/8w3s",
+        "d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w3s",
+    ),
+    "linear_table": (
+        "p128x128x64/8w3s p64x128x64/4w4s",
+        "p128x128x64/8w3s p64x128x64/4w3s",
+        "d64x128x64/4w4s d128x128x64/8w3s p128x128x64/8w3s",
+        "d64x128x64/4w4s p128x128x64/8w3s",
+        "d128x128x64/8w3s p128x128x64/8w3s",
+    ),
+    "linear_bwd_weight": (
+        "p128x128x32/8w3s p64x128x64/4w3s",
+        "p128x128x32/8w3s p64x128x64/4w3s",
+        "d128x128x64/8w3s d128x128x32/8w3s p128x128x64/8w3s",
+        "d128x128x64/8w3s d64x128x64/4w3s p128x128x64/8w3s",
+        "d128x128x32/8w3s p128x128x32/8w3s",
+    ),
+    "cross_attention_fwd": (
+        "p128x64/8w2s p64x64/4w2s",
+        "p128x64/8w2s p64x64/4w2s",
+        "d128x128/8w2s d128x64/8w2s p128x64/8w2s",
+        "d128x64/8w2s d128x128/8w2s p128x64/8w2s",
+        "d128x64/8w2s p128x64/8w2s p64x64/4w2s",
+    ),
+    "cross_attention_fwd_masked": (
+        "p128x32/8w2s p64x32/4w2s",
+        "p128x32/8w2s p64x32/4w2s",
+        "d128x64/8w2s d64x64/4w2s p128x64/8w2s",
+        "d128x64/8w2s d64x64/4w2s p128x64/8w2s",
+        "d64x64/4w2s p128x32/8w2s",
+    ),
+    "cross_attention_bwd_dkv": (
+        "p64x64/8w2s",
+        "p64x64/8w2s",
+        "d64x128/8w2s d64x64/4w2s d64x64/8w2s p64x64/8w2s",
+        "d64x128/8w2s d64x64/8w2s p64x64/8w2s",
+        "d64x64/8w2s p64x64/8w2s",
+    ),
+    "cross_attention_bwd_dkv_masked": (
+        "p64x64/8w2s",
+        "p64x64/8w2s",
+        "d64x64/8w2s p64x64/8w2s",
+        "d64x128/8w2s d64x64/8w2s p64x64/8w2s",
+        "d64x64/8w2s p64x64/8w2s",
+    ),
+    "cross_attention_bwd_dq": (
+        "p64x64/8w2s",
+        "p64x64/8w2s p64x32/4w2s",
+        "d128x64/8w2s d64x64/4w2s p64x64/8w2s",
+        "d128x64/8w1s d64x64/4w2s p128x64/8w1s",
+        "d64x64/8w2s p64x64/8w2s",
+    ),
+    "cross_attention_bwd_dq_masked": (
+        "p64x64/8w2s",
+        "p64x64/8w2s",
+        "d128x64/8w2s d64x64/4w2s p64x64/8w2s",
+        "d128x64/8w1s d64x64/8w2s p64x32/4w1s",
+        "d64x64/8w2s p64x64/8w2s",
+    ),
+    "cross_attention_fwd_wide": (
+        "p64x64/8w2s p64x32/8w2s",
+        "p64x64/8w1s p64x32/8w2s",
+        "d128x64/8w2s d64x64/8w1s p64x32/8w2s",
+        "d64x64/8w1s d128x64/8w1s p64x32/8w2s",
+        "d64x64/8w1s p64x64/8w1s",
+    ),
+    "cross_attention_fwd_masked_wide": (
+        "p64x32/8w2s",
+        "p64x32/8w2s p64x64/8w1s",
+        "d64x64/8w1s d128x64/8w2s p64x32/8w2s",
+        "d64x64/8w1s p64x64/8w1s",
+        "d64x64/8w1s p64x32/8w2s",
+    ),
+    "cross_attention_bwd_dkv_wide": (
+        "p64x32/8w1s p32x32/8w1s",
+        "p32x32/8w1s",
+        "d32x64/8w1s p32x64/8w2s",
+        "d64x64/8w1s d32x64/8w1s p32x64/8w1s",
+        "d64x32/8w1s p32x32/8w1s",
+    ),
+    "cross_attention_bwd_dkv_masked_wide": (
+        "p64x32/8w1s",
+        "p32x32/8w1s",
+        "d32x64/8w1s p32x64/8w2s",
+        "d64x64/8w1s d32x64/8w1s p32x64/8w1s",
+        "d64x32/8w1s p32x32/8w1s",
+    ),
+    "cross_attention_bwd_dq_wide": (
+        "p32x64/8w1s p64x32/8w1s",
+        "p32x64/8w1s p64x32/8w1s",
+        "d64x32/8w2s p64x32/8w2s",
+        "d64x32/8w1s p64x32/8w1s",
+        "d64x32/8w1s p64x32/8w1s",
+    ),
+    "cross_attention_bwd_dq_masked_wide": (
+        "p32x64/8w1s",
+        "p32x32/8w1s p16x64/8w1s",
+        "d64x32/8w2s p64x32/8w2s",
+        "d64x32/8w1s p64x32/8w1s",
+        "d64x32/8w1s p32x64/8w1s",
+    ),
+}
+KERNELS = tuple(_HALF)
+
+# fp32 on every architecture: without and with tf32. What is not listed takes the entry of the
+# longest listed name that it starts with.
+_SINGLE: dict[str, dict[str, str]] = {
+    "ieee": {
+        "linear": "p64x64x16/4w2s",
+        "linear_bwd_weight": "p64x32x16/4w2s",
+        "cross_attention": "p32x32/8w1s",
+        "cross_attention_wide": "p16x16/8w1s",
+        "cross_attention_bwd_dkv_wide": "p16x16/16w1s",
+        "cross_attention_bwd_dq_masked_wide": "p16x16/4w1s",
+    },
+    "tf32": {
+        "linear": "p64x64x32/4w2s",
+        "cross_attention": "p32x32/8w1s",
+        "cross_attention_bwd_dq": "p16x16/4w1s",
+        "cross_attention_wide": "p16x16/8w1s",
+    },
+}
+_COLUMN = {80: 0, 86: 1, 89: 1, 90: 2, 100: 3, 120: 4}
+
+
+def candidates(kernel: str, dtype: torch.dtype, *, descriptors: bool) -> tuple[Config, ...]:
+    """Configurations for the current device, best first.
+
+    Args:
+        kernel: One of :data:`KERNELS`.
+        dtype: Of the operands.
+        descriptors: Whether the operands are aligned for descriptors. Without, and with
+            ``VISPROJ_DESCRIPTORS=0``, only those with pointers remain.
+    """
+    found = shipped(kernel, dtype, nearest(architecture()))
+    if descriptors and os.environ.get("VISPROJ_DESCRIPTORS", "1") != "0":
+        return found
+    return tuple(config for config in found if not config.descriptors)
+
+
+def shipped(kernel: str, dtype: torch.dtype, arch: int) -> tuple[Config, ...]:
+    """The table's row of ``kernel`` on an architecture of the table."""
+    if dtype != torch.float32:
+        return _parse(_HALF[kernel][_COLUMN[arch]])
+    table = _SINGLE[dot_precision(dtype)]
+    wide = "_wide" if kernel.endswith("_wide") else ""
+    names = [name for name in table if kernel.startswith(name.removesuffix("_wide"))]
+    names = [name for name in names if name.endswith("_wide") == bool(wide)] or names
+    return _parse(table[max(names, key=len)])
+
+
+def nearest(arch: int | str) -> int:
+    """The newest architecture of the table that is not newer; the oldest one for AMD's."""
+    older = [known for known in ARCHITECTURES if isinstance(arch, int) and known <= arch]
+    return max(older, default=ARCHITECTURES[0])
+
+
+@cache
+def _parse(entry: str) -> tuple[Config, ...]:
+    parts = re.findall(r"([pd])([\dx]+)/(\d+)w(\d+)s", entry)
+    return tuple(
+        Config(tuple(map(int, blocks.split("x"))), int(warps), int(stages), style == "d")
+        for style, blocks, warps, stages in parts
+    )

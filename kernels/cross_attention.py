@@ -1,0 +1,276 @@
+"""Cross-attention forward: running softmax over tiles of keys, probabilities never stored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visproj.kernels import configs
+from visproj.kernels.launch import Config, describable, dot_precision, launch, unit_columns
+from visproj.kernels.tuning import run_best
+
+# Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    tiles,
+    row,
+    stride_row,
+    length,
+    width,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows ``row .. row + ROWS`` of one head, [ROWS, WIDTH]; zero beyond length and width."""
+    if DESCRIPTORS:
+        tile = tiles.load([row, 0])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = tl.arange(0, WIDTH)
+        tile = tl.load(
+            ptr + rows.to(tl.int64)[:, None] * stride_row + cols[None, :],
+            mask=(rows < length)[:, None] & (cols < width)[None, :],
+            other=0.0,
+        )
+    return tile
+
+
+@triton.jit
+def describe_head(
+    ptr,
+    stride_row,
+    length,
+    width,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """A descriptor of one head of one image, so that no tile reaches into the next; or None."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(ptr, [length, width], [stride_row, 1], [ROWS, WIDTH])
+    else:
+        return None
+
+
+@triton.jit
+def softmax_scores(dots, mask_ptr, cells, scale):
+    """Scores from products: in units of log 2 without a mask, plain with one.
+
+    A mask is added before any scaling, as SDPA does, so that finite masks of any size absorb scores
+    in the same way. It is padded with -inf and so closes the keys beyond the last.
+    """
+    if mask_ptr is None:
+        return dots * (scale * LOG2E)
+    else:
+        return dots * scale + tl.load(mask_ptr + cells).to(tl.float32)
+
+
+@triton.jit
+def power(x, MASKED: tl.constexpr):
+    """The exponential that belongs to the units of :func:`softmax_scores`."""
+    if MASKED:
+        x = x * LOG2E
+    return tl.math.exp2(x)
+
+
+@triton.jit
+def _cross_attention_fwd_kernel(
+    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    k_ptr,  # [batch, keys, heads, width]
+    v_ptr,  # [batch, keys, heads, width]
+    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
+    out_ptr,  # [batch, queries, heads, width]
+    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
+    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
+    queries,
+    keys,
+    heads,
+    width,
+    scale,
+    stride_q_batch,
+    stride_q_row,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_row,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_row,
+    stride_v_head,
+    stride_mask_batch,
+    stride_mask_head,
+    stride_mask_row,
+    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """softmax(q kᵀ scale + mask) v for one tile of queries. Grid: (batch * heads * query tiles)."""
+    query_tiles = tl.cdiv(queries, BLOCK_Q)
+    image_head = (tl.program_id(0) // query_tiles).to(tl.int64)
+    image, head = image_head // heads, image_head % heads
+    first = (tl.program_id(0) % query_tiles) * BLOCK_Q
+    rows = first + tl.arange(0, BLOCK_Q)
+
+    q_ptr += image * stride_q_batch + head * stride_q_head
+    k_ptr += image * stride_k_batch + head * stride_k_head
+    v_ptr += image * stride_v_batch + head * stride_v_head
+    q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
+    k_tiles = describe_head(k_ptr, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    v_tiles = describe_head(v_ptr, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    if mask_ptr is not None:
+        mask_ptr += image * stride_mask_batch + head * stride_mask_head
+    mask_rows = tl.minimum(rows, queries - 1).to(tl.int64) * stride_mask_row
+
+    q = load_tile(q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
+    maximum = tl.full((BLOCK_Q,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
+    MASKED: tl.constexpr = mask_ptr is not None
+    for key in range(0, keys, BLOCK_L):
+        k = load_tile(k_ptr, k_tiles, key, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+        dots = tl.dot(q, k.T, input_precision=PRECISION)
+        cols = key + tl.arange(0, BLOCK_L)
+        scores = softmax_scores(dots, mask_ptr, mask_rows[:, None] + cols[None, :], scale)
+        if TAIL:
+            scores = tl.where((cols < keys)[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        p = power(scores - new_maximum[:, None], MASKED)
+        rescale = power(maximum - new_maximum, MASKED)
+        total = total * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        v = load_tile(v_ptr, v_tiles, key, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        maximum = new_maximum
+
+    # A query without a key has sum 0: its output is zero, and so are its probabilities backward.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    out = acc / total[:, None]
+    out_rows = (image * queries + rows) * heads + head
+    cols = tl.arange(0, WIDTH)
+    in_rows = rows < queries
+    tl.store(
+        out_ptr + out_rows[:, None] * width + cols[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=in_rows[:, None] & (cols < width)[None, :],
+    )
+    if lse_ptr is not None:
+        flat = image_head * queries + rows
+        log_sum = tl.math.log2(total)
+        if MASKED:
+            tl.store(log_sum_ptr + flat, log_sum, mask=in_rows)
+            # Never the largest score of a query that has a key: backward finds no probability.
+            lse = tl.where(empty, float("inf"), maximum)
+        else:
+            lse = maximum + log_sum
+        tl.store(lse_ptr + flat, lse, mask=in_rows)
+
+
+def cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output, and what the backward needs to know of each softmax.
+
+    Args:
+        q: ``[Q, H, d]`` shared by the batch, or ``[B, Q, H, d]``; ``d`` at most 256.
+        k: ``[B, L, H, d]``.
+        v: ``[B, L, H, d]``.
+        mask: Additive, ``[B or 1, H or 1, Q or 1, padded L]`` with a contiguous last dimension,
+            padded by -inf to a multiple of 128, which every tile of keys divides.
+        statistics: Whether the second result is wanted.
+
+    Returns:
+        ``[B, Q, H, d]`` in the dtype of ``q``, and fp32 ``[1, B, H, Q]``: the log2-sum-exp2 of the
+        scores in units of log 2. With a mask ``[2, B, H, Q]``: the largest score, and log2 of the
+        sum of exponentials. Beside a score of ``finfo.min``, which a mask may cause, their sum
+        would lose the second.
+    """
+    queries, heads, width = q.shape[-3:]
+    batch, keys = k.shape[:2]
+    q, k, v = (unit_columns(t) for t in (q, k, v))
+    out = q.new_empty(batch, queries, heads, width)
+    parts = 1 if mask is None else 2
+    stats = q.new_empty(parts, batch, heads, queries, dtype=torch.float32) if statistics else None
+
+    def run(config: Config) -> None:
+        block_q, block_l = config.blocks
+        launch(
+            _cross_attention_fwd_kernel,
+            batch * heads * triton.cdiv(queries, block_q),
+            q,
+            k,
+            v,
+            mask,
+            out,
+            *statistics_parts(stats),
+            queries,
+            keys,
+            heads,
+            width,
+            1 / math.sqrt(width),
+            *head_strides(q),
+            *head_strides(k),
+            *head_strides(v),
+            *mask_strides(mask),
+            PRECISION=dot_precision(q.dtype),
+            TAIL=mask is None and keys % block_l != 0,
+            BLOCK_Q=block_q,
+            BLOCK_L=block_l,
+            WIDTH=padded_width(width),
+            DESCRIPTORS=config.descriptors,
+            config=config,
+            device=q.device,
+        )
+
+    choices = attention_candidates("cross_attention_fwd", q, mask, describable(q, k, v))
+    key = (batch * queries, keys, heads, width, mask is not None)
+    run_best("cross_attention_fwd", key, choices, run, q)
+    return out, stats
+
+
+def statistics_parts(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both pointers that the kernels take, from the statistics of :func:`cross_attention_fwd`."""
+    if stats is None:
+        return None, None
+    return stats[0], stats[1] if stats.shape[0] == 2 else None
+
+
+def attention_candidates(
+    kernel: str, q: Tensor, mask: Tensor | None, descriptors: bool
+) -> tuple[Config, ...]:
+    """Configurations for the padded head width, with or without a mask."""
+    wide = "_wide" if padded_width(q.shape[-1]) > 128 else ""
+    masked = "" if mask is None else "_masked"
+    return configs.candidates(kernel + masked + wide, q.dtype, descriptors=descriptors)
+
+
+def padded_width(width: int) -> int:
+    """Columns of a tile that holds one head."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def head_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, row and head; 0 for a batch that shares ``x``."""
+    return (0 if x.ndim == 3 else x.stride(0)), x.stride(-3), x.stride(-2)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
+    """Strides of batch, head and query, 0 where the mask is shared."""
+    if mask is None:
+        return 0, 0, 0
+    batch, head, row = (
+        0 if size == 1 else stride
+        for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)
+    )
+    return batch, head, row

@@ -1,0 +1,452 @@
+"""Cross-attention backward: probabilities recomputed, every sum in a fixed order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visproj.kernels.cross_attention import (
+    LOG2E,
+    attention_candidates,
+    describe_head,
+    head_strides,
+    load_tile,
+    mask_strides,
+    padded_width,
+    softmax_scores,
+    statistics_parts,
+)
+from visproj.kernels.launch import (
+    Config,
+    describable,
+    dot_precision,
+    launch,
+    multiprocessors,
+    unit_columns,
+)
+from visproj.kernels.tuning import run_best
+
+
+@triton.jit
+def _cross_attention_bwd_delta_kernel(
+    out_ptr,  # [batch, queries, heads, width]
+    dout_ptr,  # [batch, queries, heads, width]
+    delta_ptr,  # [batch, heads, queries]
+    queries,
+    heads,
+    width,
+    BLOCK_Q: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """delta = sum of out * dout over the head width. Grid: (batch * heads * query tiles)."""
+    query_tiles = tl.cdiv(queries, BLOCK_Q)
+    image_head = (tl.program_id(0) // query_tiles).to(tl.int64)
+    image, head = image_head // heads, image_head % heads
+    rows = (tl.program_id(0) % query_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    cols = tl.arange(0, WIDTH)
+    inside = (rows < queries)[:, None] & (cols < width)[None, :]
+    cells = ((image * queries + rows) * heads + head)[:, None] * width + cols[None, :]
+    out = tl.load(out_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + image_head * queries + rows, tl.sum(out * dout, 1), mask=rows < queries)
+
+
+@triton.jit
+def _rows_by_rows(a, b, PRECISION: tl.constexpr):
+    """a @ b.T; in fp32 as the transpose of b @ a.T, which spills by the hundred the other way."""
+    if a.dtype == tl.float32:
+        return tl.trans(tl.dot(b, a.T, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b.T, input_precision=PRECISION)
+
+
+@triton.jit
+def _probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
+    """Probabilities from scores and the forward's statistics, shaped to broadcast; see there."""
+    if MASKED:
+        return tl.math.exp2((scores - lse) * LOG2E - log_sum)
+    else:
+        return tl.math.exp2(scores - lse)
+
+
+@triton.jit
+def _cross_attention_bwd_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    dout_ptr,
+    lse_ptr,
+    log_sum_ptr,
+    delta_ptr,
+    dk_ptr,  # [batch, keys, heads, width] with the strides of dv
+    dv_ptr,
+    queries,
+    keys,
+    heads,
+    width,
+    scale,
+    stride_q_batch,
+    stride_q_row,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_row,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_row,
+    stride_v_head,
+    stride_mask_batch,
+    stride_mask_head,
+    stride_mask_row,
+    stride_dk_batch,
+    stride_dk_row,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """dk and dv of one tile of keys, over all queries. Grid: (batch * heads * key tiles)."""
+    key_tiles = tl.cdiv(keys, BLOCK_L)
+    image_head = (tl.program_id(0) // key_tiles).to(tl.int64)
+    image, head = image_head // heads, image_head % heads
+    key = (tl.program_id(0) % key_tiles) * BLOCK_L
+    key_rows = key + tl.arange(0, BLOCK_L)
+
+    q_ptr += image * stride_q_batch + head * stride_q_head
+    k_ptr += image * stride_k_batch + head * stride_k_head
+    v_ptr += image * stride_v_batch + head * stride_v_head
+    stride_dout_row = heads * width
+    dout_ptr += image * queries * stride_dout_row + head * width
+    q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
+    k_tiles = describe_head(k_ptr, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    v_tiles = describe_head(v_ptr, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    dout_tiles = describe_head(
+        dout_ptr, stride_dout_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS
+    )
+    lse_ptr += image_head * queries
+    delta_ptr += image_head * queries
+    MASKED: tl.constexpr = mask_ptr is not None
+    if MASKED:
+        mask_ptr += image * stride_mask_batch + head * stride_mask_head
+        log_sum_ptr += image_head * queries
+
+    k = load_tile(k_ptr, k_tiles, key, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    v = load_tile(v_ptr, v_tiles, key, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+    dk = tl.zeros((BLOCK_L, WIDTH), tl.float32)
+    dv = tl.zeros((BLOCK_L, WIDTH), tl.float32)
+    for first in range(0, queries, BLOCK_Q):
+        rows = first + tl.arange(0, BLOCK_Q)
+        q = load_tile(
+            q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS
+        )
+        in_rows = rows < queries
+        # A query beyond the last has no probability: its lse is infinite.
+        lse = tl.load(lse_ptr + rows, mask=in_rows, other=float("inf"))
+        log_sum = lse
+        if MASKED:
+            log_sum = tl.load(log_sum_ptr + rows, mask=in_rows, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
+        dots = tl.dot(k, q.T, input_precision=PRECISION)
+        mask_rows = tl.minimum(rows, queries - 1).to(tl.int64) * stride_mask_row
+        cells = mask_rows[None, :] + key_rows[:, None]
+        scores = softmax_scores(dots, mask_ptr, cells, scale)
+        p = _probabilities(scores, lse[None, :], log_sum[None, :], MASKED)
+        dout = load_tile(
+            dout_ptr,
+            dout_tiles,
+            first,
+            stride_dout_row,
+            queries,
+            width,
+            BLOCK_Q,
+            WIDTH,
+            DESCRIPTORS,
+        )
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    cols = tl.arange(0, WIDTH)
+    cells = image * stride_dk_batch + key_rows.to(tl.int64)[:, None] * stride_dk_row
+    cells = cells + (head * width + cols)[None, :]
+    inside = (key_rows < keys)[:, None] & (cols < width)[None, :]
+    tl.store(dk_ptr + cells, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + cells, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    dout_ptr,
+    lse_ptr,
+    log_sum_ptr,
+    delta_ptr,
+    dq_ptr,  # [parts, queries, heads, width]
+    batch,
+    queries,
+    keys,
+    heads,
+    width,
+    images_per_part,
+    scale,
+    stride_q_batch,
+    stride_q_row,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_row,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_row,
+    stride_v_head,
+    stride_mask_batch,
+    stride_mask_head,
+    stride_mask_row,
+    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """dq of one tile of queries, summed over a run of images. Grid: (runs * heads * query tiles).
+
+    Queries of their own for every image are runs of one image.
+    """
+    query_tiles = tl.cdiv(queries, BLOCK_Q)
+    part_head = (tl.program_id(0) // query_tiles).to(tl.int64)
+    part, head = part_head // heads, part_head % heads
+    first = (tl.program_id(0) % query_tiles) * BLOCK_Q
+    rows = first + tl.arange(0, BLOCK_Q)
+    in_rows = rows < queries
+    mask_rows = tl.minimum(rows, queries - 1).to(tl.int64) * stride_mask_row
+    MASKED: tl.constexpr = mask_ptr is not None
+
+    first_image = part * images_per_part
+    q_ptr += first_image * stride_q_batch + head * stride_q_head
+    q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
+    q = load_tile(q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
+    stride_dout_row = heads * width
+    dq = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
+    for image in range(first_image, min(first_image + images_per_part, batch)):
+        k_head = k_ptr + image * stride_k_batch + head * stride_k_head
+        v_head = v_ptr + image * stride_v_batch + head * stride_v_head
+        dout_head = dout_ptr + image * queries * stride_dout_row + head * width
+        k_tiles = describe_head(k_head, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+        v_tiles = describe_head(v_head, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
+        dout_tiles = describe_head(
+            dout_head, stride_dout_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS
+        )
+        dout = load_tile(
+            dout_head,
+            dout_tiles,
+            first,
+            stride_dout_row,
+            queries,
+            width,
+            BLOCK_Q,
+            WIDTH,
+            DESCRIPTORS,
+        )
+        flat = (image * heads + head) * queries + rows
+        lse = tl.load(lse_ptr + flat, mask=in_rows, other=float("inf"))
+        log_sum = lse
+        if MASKED:
+            log_sum = tl.load(log_sum_ptr + flat, mask=in_rows, other=0.0)
+        delta = tl.load(delta_ptr + flat, mask=in_rows, other=0.0)
+        cell = image * stride_mask_batch + head * stride_mask_head
+        for key in range(0, keys, BLOCK_L):
+            cols = key + tl.arange(0, BLOCK_L)
+            k = load_tile(
+                k_head, k_tiles, key, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS
+            )
+            dots = _rows_by_rows(q, k, PRECISION)
+            cells = (cell + mask_rows)[:, None] + cols[None, :]
+            scores = softmax_scores(dots, mask_ptr, cells, scale)
+            if TAIL:
+                scores = tl.where((cols < keys)[None, :], scores, float("-inf"))
+            p = _probabilities(scores, lse[:, None], log_sum[:, None], MASKED)
+            v = load_tile(
+                v_head, v_tiles, key, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS
+            )
+            dp = _rows_by_rows(dout, v, PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    cols = tl.arange(0, WIDTH)
+    cells = ((part * queries + rows) * heads + head)[:, None] * width + cols[None, :]
+    inside = (rows < queries)[:, None] & (cols < width)[None, :]
+    tl.store(dq_ptr + cells, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+def cross_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    """Gradients of :func:`visproj.kernels.cross_attention.cross_attention_fwd`.
+
+    Args:
+        dout: ``[B, Q, H, d]``.
+        q: As the forward got it; so are ``k``, ``v`` and ``mask``.
+        k: See ``q``.
+        v: See ``q``.
+        mask: See ``q``.
+        out: What the forward returned.
+        stats: Its statistics.
+        dk: ``[B, L, H, d]``, filled; heads and their widths contiguous.
+        dv: Filled alike, with the strides of ``dk``.
+
+    Returns:
+        ``dq`` in the shape of ``q``, for shared queries summed over the batch in a fixed order.
+    """
+    q, k, v = (unit_columns(t) for t in (q, k, v))
+    dout = dout.contiguous()
+    operands = (q, k, v, mask, dout, *statistics_parts(stats), _delta(out, dout))
+    _dkv(dk, dv, *operands)
+    return _dq(*operands)
+
+
+def _delta(out: Tensor, dout: Tensor) -> Tensor:
+    batch, queries, heads, width = out.shape
+    delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
+    block = max(1, min(64, 8192 // padded_width(width)))
+    launch(
+        _cross_attention_bwd_delta_kernel,
+        batch * heads * triton.cdiv(queries, block),
+        out,
+        dout,
+        delta,
+        queries,
+        heads,
+        width,
+        BLOCK_Q=block,
+        WIDTH=padded_width(width),
+        config=Config((block,), warps=4, stages=1),
+        device=out.device,
+    )
+    return delta
+
+
+def _dkv(
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dout: Tensor,
+    *statistics: Tensor | None,
+) -> None:
+    batch, keys, heads, width = k.shape
+    queries = q.shape[-3]
+
+    def run(config: Config) -> None:
+        block_q, block_l = config.blocks
+        launch(
+            _cross_attention_bwd_dkv_kernel,
+            batch * heads * triton.cdiv(keys, block_l),
+            q,
+            k,
+            v,
+            mask,
+            dout,
+            *statistics,
+            dk,
+            dv,
+            queries,
+            keys,
+            heads,
+            width,
+            1 / math.sqrt(width),
+            *head_strides(q),
+            *head_strides(k),
+            *head_strides(v),
+            *mask_strides(mask),
+            dk.stride(0),
+            dk.stride(1),
+            PRECISION=dot_precision(q.dtype),
+            BLOCK_Q=block_q,
+            BLOCK_L=block_l,
+            WIDTH=padded_width(width),
+            DESCRIPTORS=config.descriptors,
+            config=config,
+            device=q.device,
+        )
+
+    choices = attention_candidates("cross_attention_bwd_dkv", q, mask, describable(q, k, v, dout))
+    key = (batch * keys, queries, heads, width, mask is not None)
+    run_best("cross_attention_bwd_dkv", key, choices, run, q)
+
+
+def _dq(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout: Tensor, *statistics: Tensor | None
+) -> Tensor:
+    batch, keys, heads, width = k.shape
+    queries = q.shape[-3]
+    shared = q.ndim == 3
+    workspace: list[Tensor] = []
+
+    def run(config: Config) -> None:
+        block_q, block_l = config.blocks
+        tiles = heads * triton.cdiv(queries, block_q)
+        parts = batch
+        if shared:
+            parts = min(batch, triton.cdiv(multiprocessors(q.device), tiles))
+        per_part = triton.cdiv(batch, parts)
+        parts = triton.cdiv(batch, per_part)
+        dtype = q.dtype if parts == 1 or not shared else torch.float32
+        dq = q.new_empty(parts, queries, heads, width, dtype=dtype)
+        workspace[:] = [dq]
+        launch(
+            _cross_attention_bwd_dq_kernel,
+            parts * tiles,
+            q,
+            k,
+            v,
+            mask,
+            dout,
+            *statistics,
+            dq,
+            batch,
+            queries,
+            keys,
+            heads,
+            width,
+            per_part,
+            1 / math.sqrt(width),
+            *head_strides(q),
+            *head_strides(k),
+            *head_strides(v),
+            *mask_strides(mask),
+            PRECISION=dot_precision(q.dtype),
+            TAIL=mask is None and keys % block_l != 0,
+            BLOCK_Q=block_q,
+            BLOCK_L=block_l,
+            WIDTH=padded_width(width),
+            DESCRIPTORS=config.descriptors,
+            config=config,
+            device=q.device,
+        )
+
+    choices = attention_candidates("cross_attention_bwd_dq", q, mask, describable(q, k, v, dout))
+    key = (batch * queries, keys, heads, width, mask is not None, shared)
+    run_best("cross_attention_bwd_dq", key, choices, run, q)
+    dq = workspace[0]
+    if not shared:
+        return dq
+    return dq[0] if dq.shape[0] == 1 else dq.sum(0).to(q.dtype)

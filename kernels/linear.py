@@ -1,0 +1,335 @@
+"""A matrix product whose epilogue normalises rows, adds a table and takes row statistics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visproj.kernels import configs
+from visproj.kernels.launch import (
+    Config,
+    describable,
+    dot_precision,
+    launch,
+    packed,
+    unit_columns,
+)
+from visproj.kernels.tuning import run_best
+
+
+@triton.jit
+def _grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Order tiles so that neighbours in time share rows and columns in the L2 cache."""
+    group = tile // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def _column_vector(ptr, cols, N):
+    return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    x_ptr,  # [images, length, K]
+    weight_ptr,  # [N, K]
+    out_ptr,  # [images * length, N]
+    bias_ptr,  # [N]
+    mean_ptr,  # [images * length]
+    rstd_ptr,  # [images * length]
+    weight_sum_ptr,  # [N]
+    gain_ptr,  # [N]
+    shift_ptr,  # [N]
+    table_ptr,  # [length, table_columns]
+    means_ptr,  # [tiles_n, M]: of each tile's part of a row
+    squares_ptr,  # [tiles_n, M]: sums of squared deviations from it
+    M,
+    images,
+    length,
+    N,
+    K,
+    table_columns,
+    stride_x_image,
+    stride_x_row,
+    stride_weight_row,
+    stride_table_row,
+    TRIANGULAR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """rstd * (x @ weight.T + bias - mean * weight_sum) * gain + shift + table, one tile of it.
+
+    Grid: (row tiles of every image * column tiles). A tile never crosses an image.
+    """
+    row_tiles = tl.cdiv(length, BLOCK_M)
+    tile_m, tile_n = _grouped(tl.program_id(0), images * row_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
+    image = (tile_m // row_tiles).to(tl.int64)
+    first_row = (tile_m % row_tiles) * BLOCK_M
+    first_col = tile_n * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    flat_rows = image * length + rows
+    in_rows = rows < length
+    in_cols = cols < N
+
+    x_ptr += image * stride_x_image
+    # The triangular factor of a QR decomposition has weight[n, k] = 0 for k < n.
+    first_k = first_col // BLOCK_K * BLOCK_K if TRIANGULAR else 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DESCRIPTORS:
+        x_tiles = tl.make_tensor_descriptor(
+            x_ptr, [length, K], [stride_x_row, 1], [BLOCK_M, BLOCK_K]
+        )
+        weight_tiles = tl.make_tensor_descriptor(
+            weight_ptr, [N, K], [stride_weight_row, 1], [BLOCK_N, BLOCK_K]
+        )
+        for k in range(first_k, K, BLOCK_K):
+            x = x_tiles.load([first_row, k])
+            weight = weight_tiles.load([first_col, k])
+            acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+    else:
+        ks = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_x_row + ks[None, :]
+        weight_ptrs = weight_ptr + cols.to(tl.int64)[None, :] * stride_weight_row + ks[:, None]
+        for k in range(first_k, K, BLOCK_K):
+            in_x, in_weight = in_rows[:, None], in_cols[None, :]
+            if not EVEN_K:
+                in_x = in_x & (ks < K - k)[None, :]
+                in_weight = in_weight & (ks < K - k)[:, None]
+            x = tl.load(x_ptrs + k, mask=in_x, other=0.0)
+            weight = tl.load(weight_ptrs + k, mask=in_weight, other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        acc += _column_vector(bias_ptr, cols, N)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + flat_rows, mask=in_rows, other=0.0)
+        acc -= mean[:, None] * _column_vector(weight_sum_ptr, cols, N)
+    if rstd_ptr is not None:
+        acc *= tl.load(rstd_ptr + flat_rows, mask=in_rows, other=0.0)[:, None]
+    if gain_ptr is not None:
+        acc *= _column_vector(gain_ptr, cols, N)
+    if shift_ptr is not None:
+        acc += _column_vector(shift_ptr, cols, N)
+    if table_ptr is not None:
+        if DESCRIPTORS:
+            table_tiles = tl.make_tensor_descriptor(
+                table_ptr, [length, table_columns], [stride_table_row, 1], [BLOCK_M, BLOCK_N]
+            )
+            acc += table_tiles.load([first_row, first_col]).to(tl.float32)
+        else:
+            in_table = in_rows[:, None] & (cols < table_columns)[None, :]
+            cells = rows.to(tl.int64)[:, None] * stride_table_row + cols[None, :]
+            acc += tl.load(table_ptr + cells, mask=in_table, other=0.0).to(tl.float32)
+
+    if out_ptr is not None:
+        result = acc.to(out_ptr.dtype.element_ty)
+        acc = result.to(tl.float32)
+        if DESCRIPTORS:
+            out_tiles = tl.make_tensor_descriptor(
+                out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
+            )
+            out_tiles.store([first_row, first_col], result)
+        else:
+            in_out = in_rows[:, None] & in_cols[None, :]
+            tl.store(out_ptr + flat_rows[:, None] * N + cols[None, :], result, mask=in_out)
+    if means_ptr is not None:
+        # Of what was stored, so that these are the statistics of the tensor others read.
+        tile_mean = tl.sum(tl.where(in_cols[None, :], acc, 0.0), 1) / min(N - first_col, BLOCK_N)
+        centred = tl.where(in_cols[None, :], acc - tile_mean[:, None], 0.0)
+        parts = tile_n.to(tl.int64) * M + flat_rows
+        tl.store(means_ptr + parts, tile_mean, mask=in_rows)
+        tl.store(squares_ptr + parts, tl.sum(centred * centred, 1), mask=in_rows)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    means_ptr,  # [tiles, M]
+    squares_ptr,  # [tiles, M]
+    mean_ptr,  # [M], or None for the root mean square instead of the deviation
+    rstd_ptr,  # [M]
+    M,
+    N,
+    tiles,
+    divisor,
+    eps,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Chan's merge of means and M2 into 1 / sqrt(M2 / divisor + eps). Grid: (row blocks)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    parts = tl.arange(0, BLOCK_T)
+    inside = (parts < tiles)[:, None] & (rows < M)[None, :]
+    counts = tl.maximum(tl.minimum(N - parts * TILE, TILE), 0).to(tl.float32)[:, None]
+    cells = parts.to(tl.int64)[:, None] * M + rows[None, :]
+    means = tl.load(means_ptr + cells, mask=inside, other=0.0)
+    squares = tl.load(squares_ptr + cells, mask=inside, other=0.0)
+    if mean_ptr is not None:
+        mean = tl.sum(means * counts, 0) / N
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+        means -= mean[None, :]
+    total = tl.sum(squares + counts * means * means, 0)
+    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / divisor + eps), mask=rows < M)
+
+
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    table: Tensor | None = None,
+    store: bool = True,
+    statistics: bool = False,
+    triangular: bool = False,
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Launch ``rstd * (x Wᵀ + bias - mean * weight_sum) * gain + shift + table``.
+
+    Args:
+        x: ``[B, L, K]``; any strides, copied only where its last dimension is not contiguous.
+        weight: ``[N, K]``.
+        bias: ``[N]``.
+        mean: fp32 ``[B, L]``, together with ``weight_sum``.
+        rstd: fp32 ``[B, L]``.
+        weight_sum: fp32 ``[N]``.
+        gain: ``[N]``.
+        shift: ``[N]``.
+        table: ``[L, columns]``, added to the first columns of every image.
+        store: Whether the result is wanted.
+        statistics: Whether per-tile statistics of its rows are wanted.
+        triangular: Whether ``weight[n, k]`` is zero for ``k < n``.
+
+    Returns:
+        ``[B, L, N]`` or ``None``; fp32 ``[2, tiles, B * L]`` or ``None``; the width of such a tile.
+    """
+    images, length, K = x.shape
+    N = weight.shape[0]
+    x, weight = unit_columns(x), unit_columns(weight)
+    bias, mean, rstd, weight_sum, gain, shift = packed(bias, mean, rstd, weight_sum, gain, shift)
+    table = None if table is None else unit_columns(table)
+    if table is None and (images == 1 or x.stride(0) == length * x.stride(1)):
+        images, length = 1, images * length  # no tile has a boundary to respect
+    out = x.new_empty(*x.shape[:2], N) if store else None
+    workspace: list[Tensor | None] = [None]
+
+    def run(config: Config) -> None:
+        block_m, block_n, block_k = config.blocks
+        if statistics:
+            tiles = triton.cdiv(N, block_n)
+            workspace[0] = x.new_empty(2, tiles, images * length, dtype=torch.float32)
+        launch(
+            _linear_fwd_kernel,
+            images * triton.cdiv(length, block_m) * triton.cdiv(N, block_n),
+            x,
+            weight,
+            out,
+            bias,
+            mean,
+            rstd,
+            weight_sum,
+            gain,
+            shift,
+            table,
+            *_parts(workspace[0]),
+            images * length,
+            images,
+            length,
+            N,
+            K,
+            0 if table is None else table.shape[1],
+            x.stride(0),
+            x.stride(1),
+            weight.stride(0),
+            0 if table is None else table.stride(0),
+            TRIANGULAR=triangular,
+            EVEN_K=K % block_k == 0,
+            PRECISION=dot_precision(x.dtype),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            GROUP_M=8,
+            DESCRIPTORS=config.descriptors,
+            config=config,
+            device=x.device,
+        )
+
+    kernel = "linear_table" if table is not None else "linear"
+    choices = configs.candidates(kernel, x.dtype, descriptors=describable(x, weight, out, table))
+    key = (images * length, N, K, statistics, rstd is not None)
+    config = run_best(kernel, key, choices, run, x)
+    return out, workspace[0], config.blocks[1]
+
+
+def _parts(partials: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if partials is None else (partials[0], partials[1])
+
+
+def linear_statistics_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = x Wᵀ + b`` with the mean and ``1 / sqrt(var + eps)`` of each of its rows.
+
+    Args:
+        x: ``[B, L, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or ``None``.
+        eps: Added to the variance.
+
+    Returns:
+        ``[B, L, N]`` in the dtype of ``x``; fp32 ``[B, L]`` twice.
+    """
+    y, partials, tile = linear_fwd(x, weight, bias=bias, statistics=True)
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    merge_statistics(partials, mean, rstd, weight.shape[0], tile, weight.shape[0], eps)
+    return y, mean, rstd
+
+
+def merge_statistics(
+    partials: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    width: int,
+    tile: int,
+    divisor: int,
+    eps: float,
+) -> None:
+    """Merge what :func:`linear_fwd` left in ``partials`` into ``mean`` and ``rstd``.
+
+    With ``mean=None``, ``rstd = 1 / sqrt(sum of squares / divisor + eps)``.
+    """
+    _, tiles, rows = partials.shape
+    block_t = triton.next_power_of_2(tiles)
+    block_m = max(16, min(128, 4096 // block_t))
+    launch(
+        _merge_statistics_kernel,
+        triton.cdiv(rows, block_m),
+        *_parts(partials),
+        mean,
+        rstd,
+        rows,
+        width,
+        tiles,
+        divisor,
+        eps,
+        TILE=tile,
+        BLOCK_M=block_m,
+        BLOCK_T=block_t,
+        config=Config((block_m, block_t), warps=4, stages=1),
+        device=rstd.device,
+    )

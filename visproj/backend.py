@@ -1,0 +1,95 @@
+"""Which implementation runs: an argument, then use_backend(), then VISPROJ_BACKEND, then auto."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from visproj.kernels.support import why_unavailable
+
+BACKENDS = ("auto", "triton", "torch")
+
+_current: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the implementation of every operation called inside, in all threads.
+
+    A backward runs what its forward ran, wherever it is called.
+
+    Args:
+        name: ``"auto"``: Triton kernels for tensors on an NVIDIA GPU of compute capability 8.0 or
+            newer, PyTorch for everything else. ``"triton"``: the kernels, or an error that says
+            what is missing. ``"torch"``: PyTorch.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+    global _current
+    previous, _current = _current, check_backend(name, "use_backend()")
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def check_backend(name: str, source: str) -> str:
+    """Return ``name`` or raise ``ValueError`` saying where the unknown name came from."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | None = None) -> bool:
+    """Whether an operation on ``x`` goes to the Triton kernels.
+
+    Args:
+        x: The operation's first tensor.
+        backend: The caller's own choice, before every other.
+        unsupported: Why no kernel takes this case, if so: an error under ``"triton"``, PyTorch
+            under ``"auto"``.
+
+    Raises:
+        RuntimeError: If ``"triton"`` was asked for and cannot run on this device.
+        TypeError: If ``"triton"`` was asked for and ``x`` is fp64.
+        ValueError: If the backend is unknown, or ``"triton"`` was asked for in an unsupported case.
+    """
+    name = _choose(backend)
+    if name == "torch":
+        return False
+    if name == "auto":
+        return (
+            x.device.type == "cuda"
+            and x.dtype != torch.float64
+            and unsupported is None
+            and torch.version.hip is None
+            and _why_unavailable(x.device) is None
+        )
+    if reason := _why_unavailable(x.device):
+        raise RuntimeError(
+            f"the Triton backend was asked for, but {reason}. PyTorch runs the same operation with "
+            'visproj.use_backend("torch") or VISPROJ_BACKEND=torch; TRITON_INTERPRET=1 interprets '
+            "the kernels on a CPU, slowly"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError("the Triton backend takes float32, float16 and bfloat16, got float64")
+    if unsupported is not None:
+        raise ValueError(f"the Triton backend does not take this: {unsupported}")
+    return True
+
+
+def _choose(backend: str | None) -> str:
+    if backend is not None:
+        return check_backend(backend, "backend")
+    if _current is not None:
+        return _current
+    return check_backend(os.environ.get("VISPROJ_BACKEND", "auto"), "VISPROJ_BACKEND")
+
+
+# What a device can do does not change, and dynamo cannot trace how it is found out.
+_why_unavailable = torch.compiler.assume_constant_result(why_unavailable)
