@@ -40,6 +40,7 @@ from visproj.kernels import configs
 from visproj.kernels.launch import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AMD_SHARED = 65536
 ROW_KERNELS = ("layer_norm_fwd", "layer_norm_bwd", "fold_gain", "merge_statistics", "delta")
 
 
@@ -278,6 +279,24 @@ def jobs(
                 yield kernel, arch, dtype, None, True, "ieee"
 
 
+def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
+    """Compile a kernel's default configuration for AMD's gfx942.
+
+    Returns:
+        Bytes of shared memory, of which there are :data:`AMD_SHARED`, and matrix instructions.
+    """
+    _set_precision("tf32")
+    width = 144 if kernel.endswith("_wide") else 128
+    default = (
+        configs.shipped(kernel, DTYPES[dtype], 80)[:1] if kernel in configs.KERNELS else (None,)
+    )
+    only = mock.patch.object(configs, "candidates", return_value=default)
+    with compiling_for(GPUTarget("hip", "gfx942", 64)) as compiled, only:
+        call(kernel, DTYPES[dtype], width)
+    result = compiled[-1][1]
+    return result.metadata.shared, result.asm["amdgcn"].count("v_mfma")
+
+
 def complaints(row: Row) -> list[str]:
     """The bars that a compiled kernel misses, each as a sentence with its figures."""
     found = []
@@ -366,8 +385,17 @@ def main(
     first: Annotated[bool, typer.Option(help="Only the first choices.")] = False,
     part: Annotated[str, typer.Option(help="I/N: every N-th kernel from I on.")] = "0/1",
     out: Annotated[Path | None, typer.Option(help="JSON lines, one a kernel.")] = None,
+    amd: Annotated[bool, typer.Option(help="Compile for gfx942 instead.")] = False,
 ) -> None:
     """Compile, print a table, and exit with 1 if a bar does not hold."""
+    if amd:
+        for kernel in (*configs.KERNELS, *ROW_KERNELS):
+            for name in dtype or DTYPES:
+                shared, matrix = compile_amd(kernel, name)
+                print(f"gfx942 {kernel} {name}: {shared} bytes shared, {matrix} v_mfma")
+                if shared > AMD_SHARED:
+                    raise typer.Exit(1)
+        return
     index, parts = map(int, part.split("/"))
     selected = list(jobs(arch or list(LIMITS), dtype or list(DTYPES), first))[index::parts]
     table = Table("kernel", "sm", "dtype", "configuration", "registers", "stack", "shared KiB")

@@ -10,11 +10,16 @@ import torch
 GROUPS = {
     "slow": lambda: False,
     "distributed": lambda: False,
+    "sanitizer": lambda: False,
     "gpu": torch.cuda.is_available,
 }
 
 
 def pytest_configure(config):
+    # Without a GPU the same tests run the same kernels in Triton's interpreter. Whether it
+    # interprets is settled when a kernel is decorated, so it is decided before any is imported.
+    if not torch.cuda.is_available() and config.option.markexpr != "sanitizer":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
 

@@ -1,0 +1,69 @@
+"""Tests marked ``sanitizer`` run inside ttsem; what each of them launched goes into its report."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+INSTALL = "pip install --ignore-requires-python --no-deps ttsem==0.1.0 triton==3.8.0"
+
+
+@pytest.fixture(scope="module")
+def ttsem_session():
+    try:
+        from sanitizer.session import session
+    except ImportError as error:
+        raise RuntimeError(f"{error}; in an environment of its own: {INSTALL}") from error
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are interpreted; without TRITON_INTERPRET: pytest -m sanitizer")
+    with session() as seen:
+        yield seen
+
+
+@pytest.fixture(autouse=True)
+def launched(request):
+    """What the test launched, and the faults of it."""
+    if not request.node.get_closest_marker("sanitizer"):
+        return None
+    seen = request.getfixturevalue("ttsem_session")
+    seen.forget()
+    return seen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test that a clean gate may not contain, and put what it launched into its report."""
+    seen = item.funcargs.get("launched")
+    planted = item.path.name == "test_planted.py"
+    try:
+        result = yield
+    finally:
+        if seen is not None:
+            report = {
+                "planted": planted,
+                "programs": seen.programs,
+                "faults": [f"{fault.kind}: {fault.text[:500]}" for fault in seen.faults],
+                "unchecked": seen.unchecked,
+            }
+            item.user_properties.append(("sanitizer", report))
+    if seen is not None and not planted:
+        assert seen.programs, "the test launched no kernel"
+        assert not seen.faults, "a fault was caught before it reached the test"
+        assert not seen.unchecked, f"too large for the race check: {seen.unchecked}"
+    return result
+
+
+@pytest.fixture
+def pretend(launched, monkeypatch):
+    """Have the launchers choose as on a GPU of another compute capability or size."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    def gpu(capability, multiprocessors=4):
+        properties = SimpleNamespace(multi_processor_count=multiprocessors)
+        monkeypatch.setattr(driver.active, "_target", GPUTarget("cuda", capability, 32))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(capability, 10))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+
+    return gpu

@@ -1,0 +1,179 @@
+"""Every kernel in the sanitizer, over dtypes, styles, ragged shapes and strided inputs.
+
+Values are compared as well: the sanitizer does not see a mask that hides what should be read.
+"""
+
+import math
+
+import pytest
+import torch
+from sanitizer.unwritten import guarded, intact
+
+from visproj.kernels import configs, layer_norm, linear
+from visproj.kernels.cross_attention import cross_attention_fwd
+from visproj.kernels.cross_attention_backward import cross_attention_bwd
+from visproj.kernels.launch import Config
+from visproj.kernels.linear_backward import linear_bwd_weight
+
+pytestmark = pytest.mark.sanitizer
+
+# Of the largest element: a few roundings of the result, and as many of the accumulated products.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+STYLES = pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Force small tiles, so that small shapes have edges."""
+
+    def force(*blocks, descriptors):
+        def candidates(kernel, dtype, *, descriptors):
+            return (Config(blocks, 4, 2, style and descriptors),)
+
+        style = descriptors
+        monkeypatch.setattr(configs, "candidates", candidates)
+
+    return force
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def check(got, truth, dtype):
+    error = (got.double() - truth.double()).abs().max() / truth.double().abs().max()
+    assert error < TOLERANCES[dtype]
+
+
+def aligned_gap(dtype):
+    """Elements between rows that keep them 16-byte aligned, so that descriptors are possible."""
+    return 16 // dtype.itemsize
+
+
+@STYLES
+@DTYPES
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("epilogue", ["none", "norm", "statistics", "statistics only"])
+def test_linear(tiles, descriptors, dtype, images, epilogue):
+    tiles(16, 32, 32, descriptors=descriptors)
+    length, K, N, columns = 37, 72, 104, 64
+    x = guarded(random(images, length + 1, K, dtype=dtype), between=aligned_gap(dtype))[:, 1:]
+    weight = guarded(random(N, K, dtype=dtype), between=aligned_gap(dtype))
+    truth = x.double() @ weight.double().T
+    options = {}
+    if epilogue == "norm":
+        vectors = {name: random(N, dtype=dtype) for name in ("bias", "gain", "shift")}
+        mean, rstd = random(images, length), random(images, length).abs()
+        weight_sum, table = random(N), random(length, columns, dtype=dtype)
+        options = dict(mean=mean, rstd=rstd, weight_sum=weight_sum, table=table, **vectors)
+        bias, gain, shift = (vector.double() for vector in vectors.values())
+        truth = truth + bias - mean.double()[..., None] * weight_sum.double()
+        truth = truth * rstd.double()[..., None] * gain + shift
+        truth[..., :columns] += table.double()
+    elif epilogue != "none":
+        options = {"statistics": True, "store": epilogue == "statistics"}
+    out, partials, tile = linear.linear_fwd(x, weight, **options)
+    if epilogue != "statistics only":
+        check(out, truth, dtype)
+    if partials is not None:
+        mean, rstd = random(images, length), random(images, length)
+        linear.merge_statistics(partials, mean, rstd, N, tile, N, 1e-5)
+        check(mean, truth.mean(-1), dtype)
+        check(rstd, (truth.var(-1, correction=0) + 1e-5).rsqrt(), dtype)
+
+
+@STYLES
+@DTYPES
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_linear_bwd_weight(tiles, descriptors, dtype, norm):
+    tiles(32, 32, 16, descriptors=descriptors)
+    images, length, K, N = 2, 37, 72, 104
+    x = guarded(random(images, length + 1, K, dtype=dtype), between=aligned_gap(dtype))[:, 1:]
+    grad, rows, options = random(images, length, N, dtype=dtype), x.double(), {}
+    if norm:
+        mean, rstd = random(images, length), random(images, length).abs()
+        gain, shift = random(K, dtype=dtype), random(K, dtype=dtype)
+        options = {"mean": mean, "rstd": rstd, "gain": gain, "shift": shift}
+        rows = (rows - mean.double()[..., None]) * rstd.double()[..., None]
+        rows = rows * gain.double() + shift.double()
+    dweight, dbias = linear_bwd_weight(grad, x, bias=True, **options)
+    check(dweight, torch.einsum("bln,blk->nk", grad.double(), rows), dtype)
+    check(dbias, grad.double().sum((0, 1)), dtype)
+
+
+def test_merging_many_row_blocks():
+    partials = random(2, 40, 401).abs()
+    mean, rstd = torch.empty(401, device="cuda"), torch.empty(401, device="cuda")
+    linear.merge_statistics(partials, mean, rstd, 40 * 32, 32, 40 * 32, 0.0)
+    means, squares = partials.double()
+    check(mean, means.mean(0), torch.float32)
+    total = squares.sum(0) + 32 * (means - means.mean(0)).square().sum(0)
+    check(rstd, (total / (40 * 32)).rsqrt(), torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("width", [1, 128, 200])
+def test_layer_norm(dtype, width, in_place):
+    rows = 37
+    x, grad = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype)
+    gain, shift = random(width, dtype=dtype), random(width, dtype=dtype)
+    leaves = [t.double().requires_grad_() for t in (x, gain, shift)]
+    truth = torch.nn.functional.layer_norm(leaves[0], (width,), *leaves[1:], 1e-5)
+    gradients = torch.autograd.grad(truth, leaves, grad.double())
+    y = x.clone()
+    out, mean, rstd = layer_norm.layer_norm_fwd(
+        y, gain, shift, 1e-5, out_dtype=dtype, in_place=in_place, statistics=True
+    )
+    check(out, truth.detach(), dtype)
+    got = layer_norm.layer_norm_bwd(grad, x, mean, rstd, gain, in_place=in_place)
+    for mine, theirs in zip(got, gradients, strict=True):
+        if width > 1:  # else x does not matter, and its gradient is rounding
+            check(mine, theirs, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [72, 1030])
+def test_fold_gain(dtype, width):
+    weight = guarded(random(24, width, dtype=dtype))
+    gain, shift = random(width, dtype=dtype), random(width, dtype=dtype)
+    bias = random(24, dtype=dtype)
+    folded, sums, constant = layer_norm.fold_gain(weight, gain, shift, bias)
+    check(folded, weight.double() * gain.double(), dtype)
+    check(sums, folded.double().sum(1), torch.float32)
+    check(constant, weight.double() @ shift.double() + bias.double(), torch.float32)
+
+
+@STYLES
+@DTYPES
+@pytest.mark.parametrize("shared", [True, False], ids=["shared q", "batched q"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("width", [32, 40])
+def test_cross_attention(tiles, descriptors, dtype, shared, masked, width):
+    tiles(16, 32, descriptors=descriptors)
+    batch, queries, heads, keys = 2, 21, 2, 37
+    q = random(*([] if shared else [batch]), queries, heads, width, dtype=dtype)
+    k, v = random(batch, keys, 2, heads, width, dtype=dtype).unbind(2)
+    added = torch.zeros(batch, heads, queries, keys, dtype=torch.float64, device="cuda")
+    mask = None
+    if masked:
+        closed = torch.rand(added.shape, device="cuda") < 0.3
+        added = random(*added.shape).double().masked_fill(closed, -math.inf)
+        added[..., 0] = 0.0
+        mask = torch.nn.functional.pad(added.float(), (0, 128 - keys), value=-math.inf)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    by_image = leaves[0].expand(batch, queries, heads, width)
+    scores = torch.einsum("bqhd,blhd->bhql", by_image, leaves[1]) / math.sqrt(width) + added
+    truth = torch.einsum("bhql,blhd->bqhd", scores.softmax(-1), leaves[2])
+
+    out, statistics = cross_attention_fwd(q, k, v, mask, statistics=True)
+    check(out, truth.detach(), dtype)
+    dout = random(*truth.shape, dtype=dtype)
+    dk, dv = (guarded(torch.zeros_like(k), between=0) for _ in range(2))
+    dq = cross_attention_bwd(dout, q, k, v, mask, out, statistics, dk, dv)
+    assert intact(dk)
+    assert intact(dv)
+    gradients = torch.autograd.grad(truth, leaves, dout.double())
+    for mine, theirs in zip((dq, dk, dv), gradients, strict=True):
+        check(mine, theirs, dtype)
