@@ -26,7 +26,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "p128x128x64/8w3s p64x128x64/4w3s",
         "d128x256x64/8w3s d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w4s",
         "d128x128x64/8w3s d128x128x64/8w4s p128x128x64/8w3s",
-        "d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w3s",
+        "d128x128x64/8w3s p128x128x64/8w3s p64x64x64/4w4s",
     ),
     "linear_table": (
         "p128x128x64/8w3s p64x128x64/4w4s",
@@ -108,7 +108,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     "cross_attention_bwd_dkv_masked_wide": (
         "p64x32/8w1s",
         "p32x32/8w1s",
-        "d32x64/8w1s p32x64/8w2s",
+        "d32x64/8w1s p16x64/8w2s",
         "d64x64/8w1s d32x64/8w1s p32x64/8w1s",
         "d64x32/8w1s p32x32/8w1s",
     ),

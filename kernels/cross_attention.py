@@ -54,11 +54,11 @@ def describe_head(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """A descriptor of one head of one image, so that no tile reaches into the next; or None."""
+    """A descriptor of one head of one image, so that no tile reaches into the next; or ``ptr``."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [length, width], [stride_row, 1], [ROWS, WIDTH])
     else:
-        return None
+        return ptr
 
 
 @triton.jit

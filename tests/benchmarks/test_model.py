@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import peers
+from benchmarks import launches, peers
 from benchmarks.cases import DTYPES, ENCODERS, IMPLEMENTATIONS, TASKS, Shape
 from benchmarks.model import CPU_ATTENTION, MACHINES, Cost, Launch, costs, touched_bytes
 from visproj import PerceiverProjector, fold
@@ -120,3 +120,26 @@ def test_touched_bytes():
     assert touched_bytes(torch.zeros(5).expand(3, 5)) == 20
     assert touched_bytes(torch.zeros(0, 5)) == 0
     assert touched_bytes(torch.zeros(0, 1).expand(0, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "apart"),
+    [(8, 4), (40, 6)],  # 40 images have more rows than K and V have outputs: weights are scaled
+    ids=["rows normalised", "weights scaled"],
+)
+def test_launches_of_the_fused_perceiver(batch, apart):
+    found = launches.count(batch)
+    upstream, fused = found["upstream eager"], found["visproj, Triton"]
+    forward = fused["forward"].launches
+    assert sum(launch.weights_only for launch in forward) == apart
+    assert len(forward) - apart == 7
+    names = [launch.name for launch in forward]
+    assert names.count("_cross_attention_fwd_kernel") == 1
+    # Keys and values are one product: C to D, then D to 2 D.
+    products = [launch.flops for launch in forward if launch.name == "_linear_fwd_kernel"]
+    rows = batch * launches.TOKENS
+    assert products[:2] == [2 * rows * 1024 * 4096, 2 * rows * 4096 * 8192]
+    for mode in ("forward", "backward"):
+        assert fused[mode].flops < upstream[mode].flops
+        moved = [sum(launch.bytes for launch in cost[mode].launches) for cost in (fused, upstream)]
+        assert moved[0] < 0.7 * moved[1]

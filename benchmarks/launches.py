@@ -1,0 +1,95 @@
+"""Launches, FLOPs and bytes of the Perceiver on paper: ``python -m benchmarks.launches``.
+
+Counted on fake tensors from the code that runs, upstream's eager module beside the Triton path.
+Launches that depend on weights alone, such as the queries' projection, are counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+if __name__ == "__main__":
+    # Counting starts no kernel; interpreting lets the Triton path be taken without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks import model, peers
+from visproj import PerceiverProjector, use_backend
+
+TOKENS = 256
+
+
+def build(width: int, lang_dim: int) -> dict[str, tuple[nn.Module, str]]:
+    """Modules with memory and no values, in bf16, and the backend that each runs on."""
+    heads = max(1, lang_dim // 128)
+    with torch.device("meta"):
+        modules: dict[str, tuple[nn.Module, str]] = {
+            "upstream eager": (peers.UpstreamPerceiver(width, lang_dim, heads), "torch"),
+            "fair eager": (peers.FairPerceiver(width, lang_dim, heads), "torch"),
+            "visproj, Triton": (PerceiverProjector(width, lang_dim), "triton"),
+        }
+    return {
+        name: (module.bfloat16().to_empty(device="cpu"), backend)
+        for name, (module, backend) in modules.items()
+    }
+
+
+def count(batch: int, width: int = 1024, lang_dim: int = 4096) -> dict[str, dict[str, model.Cost]]:
+    """What forward and backward cost, by implementation and mode."""
+    x = torch.empty(batch, 1 + TOKENS, width, dtype=torch.bfloat16)
+    found = {}
+    for name, (module, backend) in build(width, lang_dim).items():
+        with use_backend(backend):
+            found[name] = model.costs(module, [x])
+    return found
+
+
+def main(
+    batch: Annotated[list[int] | None, typer.Option(help="Images a call.")] = None,
+    every: Annotated[bool, typer.Option(help="Also list every launch of the Triton path.")] = False,
+) -> None:
+    """Print a table for each batch size."""
+    console = Console(width=120)
+    for images in batch or [1, 8, 32]:
+        table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, bf16, batch {images}")
+        for column in (
+            "",
+            "mode",
+            "launches",
+            "on weights alone",
+            "GFLOP",
+            "MB",
+            "H100 µs (model)",
+        ):
+            table.add_column(column, justify="left" if column in ("", "mode") else "right")
+        costs = count(images)
+        for name, modes in costs.items():
+            for mode in ("forward", "backward"):
+                cost = modes[mode]
+                alone = sum(launch.weights_only for launch in cost.launches)
+                table.add_row(
+                    name,
+                    mode,
+                    str(len(cost.launches) - alone),
+                    str(alone),
+                    f"{cost.flops / 1e9:.0f}",
+                    f"{sum(launch.bytes for launch in cost.launches) / 1e6:.0f}",
+                    f"{1e6 * cost.seconds(model.MACHINES['H100']):.0f}",
+                )
+        console.print(table)
+        if every:
+            for mode in ("forward", "backward"):
+                for launch in costs["visproj, Triton"][mode].launches:
+                    note = " (weights alone)" if launch.weights_only else ""
+                    gflop, megabytes = launch.flops / 1e9, launch.bytes / 1e6
+                    print(f"{mode}: {launch.name} {gflop:.1f} GFLOP {megabytes:.1f} MB{note}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""Launches on views that reach beyond 2**31 elements; prints the relative error of each.
+
+A process of its own, for the interpreter crashes where an offset wraps around. The memory between
+the rows is never touched and so never there. ``python tests/kernels/offsets.py [CASE]``
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+ROW = 2**30 + 8  # fits into 32 bits; twice this does not
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from helpers import rms_error  # noqa: E402
+from kernels_support import attention_oracle  # noqa: E402
+
+from visproj.kernels import configs  # noqa: E402
+from visproj.kernels.cross_attention import cross_attention_fwd  # noqa: E402
+from visproj.kernels.cross_attention_backward import cross_attention_bwd  # noqa: E402
+from visproj.kernels.launch import Config  # noqa: E402
+from visproj.kernels.linear import linear_fwd  # noqa: E402
+from visproj.kernels.linear_backward import linear_bwd_weight  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STYLE = {"descriptors": False}
+
+
+def candidates(kernel, dtype, *, descriptors):
+    blocks = (16, 16) if "attention" in kernel else (16, 16, 16)
+    return (Config(blocks, 4, 1, descriptors and STYLE["descriptors"]),)
+
+
+def random(*shape):
+    return torch.randn(*shape, device=DEVICE).bfloat16()
+
+
+def far_apart(x, dimension):
+    """The values of ``x`` with the entries along one dimension ``ROW`` elements apart."""
+    strides = list(x.stride())
+    strides[dimension] = ROW
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    storage = torch.empty(2 * elements, dtype=torch.int8, device=DEVICE).view(torch.bfloat16)
+    return storage.as_strided(x.shape, strides).copy_(x)
+
+
+def linear(dimension):
+    x, weight = random(3, 3, 16), random(3, 16)
+    wanted = x.double() @ weight.double().T
+    if dimension == "weight":
+        return linear_fwd(x, far_apart(weight, 0))[0], wanted
+    return linear_fwd(far_apart(x, dimension), weight)[0], wanted
+
+
+def linear_table():
+    x, weight, table = random(2, 3, 16), random(16, 16), random(3, 16)
+    wanted = x.double() @ weight.double().T + table.double()
+    return linear_fwd(x, weight, table=far_apart(table, 0))[0], wanted
+
+
+def weight_gradient(dimension):
+    grad, x = random(3, 3, 16), random(3, 3, 16)
+    wanted = grad.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+    return linear_bwd_weight(grad, far_apart(x, dimension), bias=False)[0], wanted
+
+
+def attention(operand, dimension):
+    tensors = dict(zip("qkv", (random(3, 3, 3, 16) for _ in range(3)), strict=True))
+    wanted = attention_oracle(*(t.double() for t in tensors.values()))
+    tensors[operand] = far_apart(tensors[operand], dimension)
+    return cross_attention_fwd(*tensors.values(), None, statistics=False)[0], wanted
+
+
+def attention_mask(dimension):
+    q, k, v = (random(3, 3, 3, 16) for _ in range(3))
+    mask = random(3, 3, 3, 128)
+    mask[..., 3:] = -torch.inf
+    wanted = attention_oracle(q.double(), k.double(), v.double(), mask[..., :3].double())
+    return cross_attention_fwd(q, k, v, far_apart(mask, dimension), statistics=False)[0], wanted
+
+
+def attention_gradients(dimension):
+    leaves = [random(3, 3, 3, 16).double().requires_grad_() for _ in range(3)]
+    wanted, dout = attention_oracle(*leaves), random(3, 3, 3, 16)
+    wanted = torch.autograd.grad(wanted, leaves, dout.double())
+    q, k, v = (far_apart(leaf.detach().bfloat16(), dimension) for leaf in leaves)
+    out, statistics = cross_attention_fwd(q, k, v, None, statistics=True)
+    # Heads of a gradient are contiguous; its batch and its rows may lie anywhere.
+    apart = dimension if dimension < 2 else 0
+    dk, dv = (far_apart(torch.empty_like(dout), apart) for _ in range(2))
+    dq = cross_attention_bwd(dout, q, k, v, None, out, statistics, dk, dv)
+    return torch.stack([dq, dk, dv]), torch.stack(wanted)
+
+
+CASES = {
+    **{f"linear {d}": lambda d=d: linear(d) for d in (0, 1, "weight")},
+    "linear table": linear_table,
+    **{f"weight gradient {d}": lambda d=d: weight_gradient(d) for d in (0, 1)},
+    **{f"attention {t} {d}": lambda t=t, d=d: attention(t, d) for t in "qkv" for d in (0, 1, 2)},
+    **{f"attention mask {d}": lambda d=d: attention_mask(d) for d in (0, 1, 2)},
+    **{f"attention gradients {d}": lambda d=d: attention_gradients(d) for d in (0, 1, 2)},
+}
+
+
+def main(names):
+    configs.candidates = candidates
+    torch.manual_seed(0)
+    for style in ("pointers", "descriptors"):
+        STYLE["descriptors"] = style == "descriptors"
+        for name in names:
+            got, wanted = CASES[name]()
+            print(json.dumps([name, style, rms_error(got, wanted)]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or CASES)

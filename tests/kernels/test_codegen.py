@@ -1,0 +1,171 @@
+"""The shipped configurations compile for every architecture, without spills, onto tensor cores.
+
+Compiling needs a process in which Triton does not interpret, so ``benchmarks.codegen`` is one.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import codegen
+from visproj.kernels import configs
+from visproj.kernels.launch import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.codegen", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def first_choices(tmp_path_factory):
+    """Every kernel's first choices in bf16, by kernel, architecture and configuration."""
+    out = tmp_path_factory.mktemp("codegen") / "rows"
+    done = run("--first", "--dtype", "bf16", "--out", str(out))
+    assert out.exists(), done.stderr[-2000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return {(row["kernel"], row["arch"], row["config"]): row["complaints"] for row in rows}
+
+
+FIRST = [
+    (kernel, arch, "" if config is None else str(config))
+    for kernel, arch, _, config, *_ in codegen.jobs(list(codegen.LIMITS), ["bf16"], True)
+]
+
+
+@pytest.mark.parametrize(("kernel", "arch", "config"), FIRST)
+def test_first_choices(first_choices, kernel, arch, config):
+    assert first_choices[kernel, arch, config] == []
+
+
+def every_choice(arch, dtype):
+    done = run("--arch", str(arch), "--dtype", dtype)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# Each class is a unit of work for xdist.
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", codegen.LIMITS)
+class TestHalfPrecision:
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_every_choice(self, arch, dtype):
+        every_choice(arch, dtype)
+
+
+@pytest.mark.slow
+class TestSinglePrecision:
+    @pytest.mark.parametrize("arch", codegen.LIMITS)
+    def test_every_choice(self, arch):
+        every_choice(arch, "fp32")
+
+
+@pytest.mark.slow
+class TestAMD:
+    def test_gfx942_compiles(self):
+        done = run("--amd")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+SOUND = codegen.Row(
+    kernel="linear",
+    arch=90,
+    dtype="bf16",
+    precision="ieee",
+    config="128x128x64/8w3s descriptors",
+    first=True,
+    width=0,
+    registers=94,
+    stack=0,
+    shared=98304,
+    tensor_memory=0,
+    blocks=2,
+    seconds=1.0,
+    instructions={"UTMALDG": 6, "HGMMA": 4, "LDG": 16},
+)
+POINTERS = {
+    "arch": 80,
+    "config": "128x128x64/8w3s pointers",
+    "instructions": {"LDGSTS": 24, "HMMA": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"instructions": {**SOUND.instructions, "STL": 1}}, "spills"),
+        ({"shared": 240_000}, "240000 bytes of shared memory of 232448"),
+        ({"blocks": 0}, "no block fits an SM"),
+        ({"tensor_memory": 768}, "768 columns of tensor memory"),
+        ({"instructions": {"UTMALDG": 6, "HMMA": 64}}, "64 HMMA instead of wgmma or tcgen05"),
+        ({"instructions": {"UTMALDG": 6, "HGMMA": 8}}, "8 HGMMA instead of 4"),
+        ({"instructions": {"UTMALDG": 1, "HGMMA": 4}}, "1 UTMALDG for 2 descriptors"),
+        ({"instructions": {"UTMALDG": 6}}, "no matrix instruction"),
+        ({"kernel": "linear_bwd_weight", "blocks": 1}, "1 block an SM instead of 2"),
+        ({"arch": 100, "instructions": {"UTMALDG": 6, "UTCHMMA": 2}}, "2 UTCHMMA, fewer than 4"),
+        ({**POINTERS, "instructions": {"HMMA": 64}}, "no LDGSTS"),
+        ({**POINTERS, "instructions": {"LDGSTS": 24, "HMMA": 32}}, "32 HMMA, fewer than 64"),
+        ({"dtype": "fp32"}, "tensor cores in an ieee product"),
+        ({"kernel": "layer_norm_fwd", "config": ""}, "no 128-bit loads"),
+    ],
+)
+def test_bars_can_fail(change, complaint):
+    assert codegen.complaints(SOUND) == []
+    assert codegen.complaints(dataclasses.replace(SOUND, **POINTERS)) == []
+    assert complaint in codegen.complaints(dataclasses.replace(SOUND, **change))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "config", "hgmma"),
+    [
+        ("cross_attention_fwd", "128x128/8w2s descriptors", 8 + 128 // 16),
+        ("cross_attention_bwd_dkv", "64x128/8w2s descriptors", 24),
+        ("cross_attention_bwd_dq", "128x64/8w2s descriptors", 20),
+    ],
+)
+def test_exact_counts_of_attention(kernel, config, hgmma):
+    row = dataclasses.replace(SOUND, kernel=kernel, config=config, width=128)
+    exact = dataclasses.replace(row, instructions={"UTMALDG": 6, "HGMMA": hgmma})
+    assert codegen.complaints(exact) == []
+    fewer = dataclasses.replace(row, instructions={"UTMALDG": 6, "HGMMA": hgmma - 1})
+    assert codegen.complaints(fewer) == [f"{hgmma - 1} HGMMA instead of {hgmma}"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "known"),
+    [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120), ("gfx942", 80)],
+)
+def test_unknown_architectures_take_the_nearest_older(arch, known):
+    assert configs.nearest(arch) == known
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_every_kernel_has_pointers_and_tiles_that_fit_masks(kernel, arch):
+    """A mask is padded to a multiple of 128 keys, which every tile of keys has to divide."""
+    for dtype in codegen.DTYPES.values():
+        choices = configs.shipped(kernel, dtype, arch)
+        assert not all(config.descriptors for config in choices)
+        assert arch >= 90 or not any(config.descriptors for config in choices)
+        assert len(set(choices)) == len(choices)
+        if "attention" in kernel:
+            assert all(128 % config.blocks[1] == 0 for config in choices)
+
+
+def test_descriptors_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda: 90)
+    every = configs.candidates("linear", torch.bfloat16, descriptors=True)
+    assert {config.descriptors for config in every} == {False, True}
+    unaligned = configs.candidates("linear", torch.bfloat16, descriptors=False)
+    monkeypatch.setenv("VISPROJ_DESCRIPTORS", "0")
+    assert configs.candidates("linear", torch.bfloat16, descriptors=True) == unaligned
+    assert all(isinstance(config, Config) and not config.descriptors for config in unaligned)

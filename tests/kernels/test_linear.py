@@ -1,0 +1,324 @@
+"""The matrix product with its epilogue, launched as it is."""
+
+import pytest
+import torch
+from kernels_support import (
+    DTYPES,
+    EDGES,
+    LAYOUTS,
+    STYLES,
+    cases,
+    check_error,
+    random,
+)
+
+linear = pytest.importorskip("visproj.kernels.linear", reason="kernels need triton")
+
+pytestmark = pytest.mark.usefixtures("unwritten")
+
+
+def formula(x, weight, **terms):
+    """What the kernel computes; the product in the dtype of ``x``, everything else wider."""
+    out = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    bias, mean, weight_sum, rstd, gain, shift, table = (
+        None if terms.get(name) is None else terms[name].to(out.dtype)
+        for name in ("bias", "mean", "weight_sum", "rstd", "gain", "shift", "table")
+    )
+    out = out if bias is None else out + bias
+    out = out if mean is None else out - mean[..., None] * weight_sum
+    out = out if rstd is None else out * rstd[..., None]
+    out = out if gain is None else out * gain
+    out = out if shift is None else out + shift
+    if table is not None:
+        out = out + torch.nn.functional.pad(table, (0, out.shape[-1] - table.shape[-1]))
+    return out.to(x.dtype)
+
+
+def check(x, weight, **terms):
+    options = {name: terms.pop(name) for name in ("triangular", "statistics") if name in terms}
+    got, partials, tile = linear.linear_fwd(x, weight, **terms, **options)
+    exact = {name: None if t is None else t.double() for name, t in terms.items()}
+    truth = formula(x.double(), weight.double(), **exact)
+    check_error(got, formula(x, weight, **terms), truth, factor=2)
+    return got, partials, tile
+
+
+def operands(images, length, K, N, dtype, device):
+    x = random(images, length, K, dtype=dtype, device=device)
+    return x, random(N, K, dtype=dtype, device=device, scale=K**-0.5)
+
+
+def around_blocks(aligned):
+    """(M, K, N): each at every edge of a block of 32, the others at one and a bit."""
+    inner = (8, 24, 32, 40, 96) if aligned else EDGES
+    return [
+        *((M, 40, 40) for M in EDGES),
+        *((40 if aligned else 33, K, 40) for K in inner),
+        *((40 if aligned else 33, 40, N) for N in inner),
+    ]
+
+
+SHAPES = [
+    *((*shape, "pointers", "fp32") for shape in around_blocks(False)),
+    *((*shape, "descriptors", "bf16") for shape in around_blocks(True)),
+]
+MORE_SHAPES = [
+    *((*shape, "pointers", dtype) for shape in around_blocks(False) for dtype in ("bf16", "fp16")),
+    *(
+        (*shape, "descriptors", dtype)
+        for shape in around_blocks(True)
+        for dtype in ("fp32", "fp16")
+    ),
+]
+
+
+@pytest.mark.parametrize(("M", "K", "N", "style", "dtype"), cases(SHAPES, MORE_SHAPES))
+def test_shapes(M, K, N, style, dtype, tiles, device):
+    ran = tiles(style)
+    check(*operands(1, M, K, N, DTYPES[dtype], device))
+    assert ran == {style}
+
+
+# Rows and output widths as users have them, in tiles of the size that a GPU gets.
+WIDE = [(1, 4096), (17, 3000), (37, 1664), (199, 760), (257, 1000), (1, 1), (257, 1)]
+WIDER = [
+    (rows, width)
+    for rows in (1, 17, 37, 199, 257)
+    for width in (1, 760, 1000, 1024, 1664, 3000, 4096)
+    if (rows, width) not in WIDE
+]
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "dtype"),
+    cases([(*shape, "bf16") for shape in WIDE], [(*shape, "fp32") for shape in WIDER]),
+)
+def test_widths(M, N, dtype, tiles, device):
+    tiles(gemm=(128, 128, 64))
+    x, weight = operands(1, M, 72, N, DTYPES[dtype], device)
+    check(x, weight, bias=random(N, dtype=DTYPES[dtype], device=device))
+
+
+@pytest.mark.parametrize("K", cases([760, 1664], [1000, 1024, 3000, 4096]))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_depths(K, dtype, tiles, device):
+    tiles(gemm=(128, 128, 64))
+    check(*operands(1, 37, K, 40, DTYPES[dtype], device))
+
+
+TERMS = {
+    "nothing": "",
+    "bias": "bias",
+    "row scale": "rstd",
+    "gain": "gain",
+    "shift": "shift",
+    "table": "table",
+    "LayerNorm behind": "mean weight_sum rstd shift",
+    "LayerNorm behind, table": "mean weight_sum rstd shift table",
+    "folded": "rstd bias shift",
+    "folded, table": "rstd bias gain shift table",
+    "everything": "bias mean weight_sum rstd gain shift table",
+}
+
+
+def terms(names, images, length, N, columns, dtype, device):
+    def make(*shape, dtype=dtype):
+        return random(*shape, dtype=dtype, device=device)
+
+    every = {
+        "bias": make(N),
+        "mean": make(images, length, dtype=torch.float32),
+        "rstd": make(images, length, dtype=torch.float32).exp(),
+        "weight_sum": make(N, dtype=torch.float32),
+        "gain": make(N),
+        "shift": make(N, dtype=torch.float32),
+        "table": make(length, columns),
+    }
+    return {name: every[name] for name in names.split()}
+
+
+@pytest.mark.parametrize("case", TERMS)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("dtype", cases(["fp32", "bf16"], ["fp16"]))
+def test_epilogue(case, style, dtype, tiles, device):
+    ran = tiles(style)
+    images, length, K, N = 2, 37, 40, 72
+    given = terms(TERMS[case], images, length, N, 40, DTYPES[dtype], device)
+    check(*operands(images, length, K, N, DTYPES[dtype], device), **given)
+    assert ran == {style}
+
+
+@pytest.mark.parametrize(
+    ("length", "columns", "style"),
+    cases(
+        [(37, 1, "pointers"), (1, 72, "pointers"), (33, 31, "pointers"), (32, 33, "pointers")]
+        + [(37, 8, "descriptors"), (1, 72, "descriptors"), (65, 64, "descriptors")]
+    ),
+)
+def test_table_columns(length, columns, style, tiles, device):
+    """The table starts anew with every image and covers only its own columns."""
+    ran = tiles(style)
+    given = terms("table", 3, length, 72, columns, torch.bfloat16, device)
+    check(*operands(3, length, 40, 72, torch.bfloat16, device), **given)
+    assert ran == {style}
+
+
+OPERAND_LAYOUTS = [("x", layout) for layout in LAYOUTS] + [
+    (operand, layout)
+    for operand in ("weight", "table")
+    for layout in LAYOUTS
+    if layout not in ("without_cls", "reversed_batch")  # as images have them
+]
+
+
+@pytest.mark.parametrize(("operand", "layout"), cases(OPERAND_LAYOUTS))
+@pytest.mark.parametrize("style", STYLES)
+def test_layouts(operand, layout, style, tiles, device):
+    tiles(style)
+    x, weight = operands(2, 37, 40, 48, torch.bfloat16, device)
+    table = random(37, 48, dtype=torch.bfloat16, device=device)
+    change = LAYOUTS[layout]
+    x = change(x) if operand == "x" else x
+    weight = change(weight) if operand == "weight" else weight
+    check(x, weight, table=change(table) if operand == "table" else table)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("style", STYLES)
+def test_layouts_without_images(layout, style, tiles, device):
+    """Without a table the images are one run of rows where their strides allow it."""
+    tiles(style)
+    x, weight = operands(3, 11, 40, 48, torch.float32, device)
+    check(LAYOUTS[layout](x), weight)
+
+
+@pytest.mark.parametrize("vector", ["bias", "gain", "shift", "mean", "rstd", "weight_sum"])
+@pytest.mark.parametrize("layout", ["strided", "offset"])
+def test_layouts_of_vectors(vector, layout, tiles, device):
+    tiles()
+    names = "bias mean weight_sum rstd gain shift"
+    given = terms(names, 2, 9, 48, 0, torch.float32, device)
+    given[vector] = LAYOUTS[layout](given[vector])
+    check(*operands(2, 9, 40, 48, torch.float32, device), **given)
+
+
+# Shapes whose descriptors would need a stride that no 16 bytes divide, in a dimension of size 1.
+SINGLE = {
+    "one row": ((1, 1, 16), (17, 17, 1)),
+    "a row an image": ((4, 1, 16), (32, 17, 1)),
+    "one image": ((1, 5, 16), (83, 16, 1)),
+    "expanded image": ((1, 5, 16), (0, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_strides_of_single_entries(case, tiles, device):
+    tiles("descriptors")
+    shape, strides = SINGLE[case]
+    x = random(256, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
+    check(x, random(32, 16, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("M", "N", "dtype"),
+    cases(
+        [(1, 1, "fp32"), (37, 33, "fp32"), (33, 31, "bf16"), (5, 97, "bf16"), (17, 1000, "bf16")],
+        [(257, 1000, "fp32"), (199, 1664, "bf16"), (37, 4096, "bf16"), (37, 3000, "fp16")],
+    ),
+)
+def test_statistics(M, N, dtype, style, tiles, device):
+    """Of what was stored, so that a LayerNorm built on them is that of the stored tensor."""
+    tiles(style)
+    x, weight = operands(2, M, 40, N, DTYPES[dtype], device)
+    bias = random(N, dtype=DTYPES[dtype], device=device)
+    y, mean, rstd = linear.linear_statistics_fwd(x, weight, bias, 1e-5)
+    check_statistics(y, mean, rstd, 1e-5)
+
+
+def check_statistics(y, mean, rstd, eps):
+    variance, wanted = torch.var_mean(y.double(), -1, correction=0)
+    # fp32 sums of numbers of the size of y, and a relative error of their squares.
+    tolerance = 2e-6 * y.double().abs().max().item()
+    torch.testing.assert_close(mean.double(), wanted, rtol=0, atol=tolerance)
+    torch.testing.assert_close(rstd.double(), (variance + eps).rsqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("N", [1, 40, 97, 1000])
+def test_statistics_far_from_zero(N, style, tiles, device):
+    """Rows of mean 1e3 and deviation 1e-2: sums of squares would leave nothing of the variance."""
+    tiles(style)
+    x, weight = operands(1, 37, 40, N, torch.float32, device)
+    bias = 1000 + random(N, dtype=torch.float32, device=device, scale=1e-2)
+    y, mean, rstd = linear.linear_statistics_fwd(x * 1e-3, weight, bias, 1e-12)
+    variance, wanted = torch.var_mean(y.double(), -1, correction=0)
+    # One fp32 ulp of 1000 is 6e-5; what the mean is off by, squared, is nothing beside 1e-4.
+    torch.testing.assert_close(mean.double(), wanted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(rstd.double(), (variance + 1e-12).rsqrt(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), cases([(37, 40, 40), (33, 97, 97), (17, 33, 104), (5, 96, 32)])
+)
+def test_folded_statistics(M, N, K, dtype, style, tiles, device):
+    """The row scale of a folded projector: |R x + r|, R triangular, nothing stored."""
+    tiles(style)
+    x, weight = operands(1, M, K, N, DTYPES[dtype], device)
+    triangle, bias = weight.triu(), random(N, dtype=DTYPES[dtype], device=device)
+    out, partials, tile = linear.linear_fwd(
+        x, triangle, bias=bias, store=False, statistics=True, triangular=True
+    )
+    assert out is None
+    rstd = x.new_empty(1, M, dtype=torch.float32)
+    linear.merge_statistics(partials, None, rstd, N, tile, 3 * N, 1e-6)
+    truth = formula(x.double(), triangle.double(), bias=bias.double())
+    wanted = (truth.square().sum(-1) / (3 * N) + 1e-6).rsqrt()
+    # Nothing is rounded to 16 bits on the way; fp32 sums of up to 104 terms.
+    torch.testing.assert_close(rstd.double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("N", "K"), cases([(40, 40), (96, 64), (64, 104), (97, 97), (1, 33)]))
+def test_triangular(N, K, style, tiles, device):
+    """Tiles below the diagonal are skipped, even where x is not finite: their weight is zero."""
+    tiles(style)
+    x, weight = operands(1, 33, K, N, torch.float32, device)
+    check(x, weight.triu(), triangular=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of inf * 0
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_not_finite_stays_in_its_row(value, style, dtype, tiles, device):
+    tiles(style)
+    x, weight = operands(2, 37, 40, 48, DTYPES[dtype], device)
+    clean = linear.linear_fwd(x, weight)[0]
+    spoiled = x.clone()
+    spoiled[1, 3, 7] = value
+    out = linear.linear_fwd(spoiled, weight)[0]
+    expected = spoiled @ weight.T
+    assert torch.equal(out[1, 3].isnan(), expected[1, 3].isnan())
+    assert torch.equal(out[1, 3].isinf(), expected[1, 3].isinf())
+    assert not out[1, 3].isfinite().any()
+    out[1, 3] = clean[1, 3]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_repeats_are_bit_equal(style, tiles, device):
+    tiles(style)
+    x, weight = operands(2, 37, 104, 72, torch.bfloat16, device)
+    first, second = (linear.linear_fwd(x, weight, statistics=True)[:2] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_outlier_channels(tiles, device):
+    """Vision features have channels 40 times the rest."""
+    tiles()
+    x, weight = operands(1, 37, 104, 40, torch.bfloat16, device)
+    x[..., ::26] *= 40
+    check(x, weight)
