@@ -131,6 +131,15 @@ def _linear_and_norm(shape: Shape) -> nn.Module:
     return nn.Sequential(nn.Linear(width, lang_dim), nn.LayerNorm(lang_dim, eps=1e-12))
 
 
+def _linear_norm_linear(shape: Shape) -> nn.Module:
+    lang_dim = shape.lang_dim
+    return nn.Sequential(*_linear_and_norm(shape).children(), nn.Linear(lang_dim, lang_dim))
+
+
+def _linear_norm_linear_oracle(state: State, inputs: tuple[Tensor, ...], _: Shape) -> Tensor:
+    return linear_projector_ref(state, *inputs) @ state["2.weight"].T + state["2.bias"]
+
+
 def _perceiver(kind: type[nn.Module]) -> Callable[[Shape], nn.Module]:
     def build(shape: Shape) -> nn.Module:
         encoder = shape.encoder
@@ -177,6 +186,7 @@ TASKS = {
             _features,
             lambda s, x, _: linear_projector_ref(s, *x),
         ),
+        Task("linear_norm_linear", _linear_norm_linear, _features, _linear_norm_linear_oracle),
         Task(
             "cross_attention",
             _attention(peers.FairAttention),
@@ -218,6 +228,15 @@ class _LinearLayerNormOp(nn.Sequential):
         return ops.linear_layer_norm(
             x, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps
         )
+
+
+class _LinearNormLinearOp(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        linear: Any = self[0]
+        norm: Any = self[1]
+        last: Any = self[2]
+        first = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+        return ops.linear_norm_linear(x, *first, last.weight, last.bias)
 
 
 class _CrossAttentionOp(peers.FairAttention):
@@ -309,6 +328,12 @@ IMPLEMENTATIONS = [
         "linear_layer_norm",
         "visproj",
         lambda shape: _LinearLayerNormOp(*_linear_and_norm(shape).children()),
+    ),
+    *_peers("linear_norm_linear", _linear_norm_linear, _linear_norm_linear)[1::2],
+    Implementation(
+        "linear_norm_linear",
+        "visproj",
+        lambda shape: _LinearNormLinearOp(*_linear_norm_linear(shape).children()),
     ),
     *_peers(
         "cross_attention", _attention(peers.UpstreamAttention), _attention(peers.FairAttention)

@@ -391,8 +391,8 @@ def main(
     if amd:
         for kernel in (*configs.KERNELS, *ROW_KERNELS):
             for name in dtype or DTYPES:
-                shared, matrix = compile_amd(kernel, name)
-                print(f"gfx942 {kernel} {name}: {shared} bytes shared, {matrix} v_mfma")
+                shared, mfma = compile_amd(kernel, name)
+                print(f"gfx942 {kernel} {name}: {shared} bytes shared, {mfma} v_mfma")
                 if shared > AMD_SHARED:
                     raise typer.Exit(1)
         return

@@ -33,8 +33,8 @@ EXPLANATION = """\
 Times are medians with the 20th and 80th percentile. Ratios come from pairs: the implementations of
 a group run in turn, and what slows the machine down slows both of a pair. *upstream* is
 DeepSpeed-VisualChat's arithmetic, *fair* the same formula with SDPA and queries prepared once a
-call; of `baseline` and `linear_layer_norm` the two are the same. Peak memory is that of one call
-above weights and inputs.
+call; of `baseline`, `linear_layer_norm` and `linear_norm_linear` the two are the same. Peak memory
+is that of one call above weights and inputs.
 
 **Columns headed "model" are counted and computed, not measured.** The floor is the larger of the
 row's FLOPs at this machine's best matrix product and its smallest traffic at this machine's best

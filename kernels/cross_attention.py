@@ -10,12 +10,23 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels import configs
-from visproj.kernels.launch import Config, describable, dot_precision, launch, unit_columns
+from visproj.kernels.launch import (
+    Config,
+    describable,
+    dot_precision,
+    launch,
+    on_its_device,
+    unit_columns,
+)
 from visproj.kernels.tuning import run_best
 
 # Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+# Triton compiles an argument of 1 in as a constant. A loop over a single key is then no loop, which
+# the compiler's pipeliner of descriptors does not survive (triton 3.7.1, sm_90).
+COUNTS = ["batch", "queries", "keys", "heads", "images_per_part"]
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def power(x, MASKED: tl.constexpr):
     return tl.math.exp2(x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cross_attention_fwd_kernel(
     q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
     k_ptr,  # [batch, keys, heads, width]
@@ -177,6 +188,7 @@ def _cross_attention_fwd_kernel(
         tl.store(lse_ptr + flat, lse, mask=in_rows)
 
 
+@on_its_device
 def cross_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels.cross_attention import (
+    COUNTS,
     LOG2E,
     attention_candidates,
     describe_head,
@@ -26,6 +27,7 @@ from visproj.kernels.launch import (
     dot_precision,
     launch,
     multiprocessors,
+    on_its_device,
     unit_columns,
 )
 from visproj.kernels.tuning import run_best
@@ -73,7 +75,7 @@ def _probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
         return tl.math.exp2(scores - lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cross_attention_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -180,7 +182,7 @@ def _cross_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + cells, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cross_attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -236,7 +238,8 @@ def _cross_attention_bwd_dq_kernel(
     q = load_tile(q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
     stride_dout_row = heads * width
     dq = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
-    for image in range(first_image, min(first_image + images_per_part, batch)):
+    for step in range(0, min(images_per_part, batch - first_image)):
+        image = first_image + step  # int64, as every offset below must be
         k_head = k_ptr + image * stride_k_batch + head * stride_k_head
         v_head = v_ptr + image * stride_v_batch + head * stride_v_head
         dout_head = dout_ptr + image * queries * stride_dout_row + head * width
@@ -287,6 +290,7 @@ def _cross_attention_bwd_dq_kernel(
     tl.store(dq_ptr + cells, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def cross_attention_bwd(
     dout: Tensor,
     q: Tensor,

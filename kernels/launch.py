@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from visproj.kernels.interpreter import interpreting, repair
 
-if interpreting():
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INTERPRETING = interpreting()  # settled when the kernels are decorated, which is next
+if INTERPRETING:
     repair()
 
 # What the interpreter pretends to be, so that it runs shipped configurations.
@@ -43,14 +48,14 @@ class Config:
 
 def architecture() -> int | str:
     """Compute capability of the current device as 80, 90, …; AMD's name of it there."""
-    if interpreting():
+    if INTERPRETING:
         return _INTERPRETED_ARCHITECTURE
     return triton.runtime.driver.active.get_current_target().arch
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a large tile a device runs at once; 4 where nothing runs in parallel."""
-    if device.type != "cuda" or interpreting():
+    if device.type != "cuda" or INTERPRETING:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -91,6 +96,17 @@ def unit_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Run a launcher with the device of its first tensor current, also while it tunes."""
+
+    @functools.wraps(launcher)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args, **kwargs)
+
+    return guarded
+
+
 def packed(*vectors: Tensor | None) -> list[Tensor | None]:
     """The vectors with unit strides, copied only where they have others."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
@@ -124,7 +140,7 @@ def start(
     config: Config,
 ) -> None:
     """Hand a kernel to Triton; what counts launches instead of running them replaces this."""
-    options = {} if interpreting() else {"num_warps": config.warps, "num_stages": config.stages}
+    options = {} if INTERPRETING else {"num_warps": config.warps, "num_stages": config.stages}
     kernel[(programs,)](*args, **constants, **options)
 
 

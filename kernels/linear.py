@@ -13,6 +13,7 @@ from visproj.kernels.launch import (
     describable,
     dot_precision,
     launch,
+    on_its_device,
     packed,
     unit_columns,
 )
@@ -183,6 +184,7 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / divisor + eps), mask=rows < M)
 
 
+@on_its_device
 def linear_fwd(
     x: Tensor,
     weight: Tensor,

@@ -12,6 +12,7 @@ from visproj.kernels.launch import (
     describable,
     dot_precision,
     launch,
+    on_its_device,
     packed,
     unit_columns,
 )
@@ -111,6 +112,7 @@ def _linear_bwd_weight_kernel(
             tl.store(dbias_ptr + ns, dbias.to(dbias_ptr.dtype.element_ty), mask=ns < N)
 
 
+@on_its_device
 def linear_bwd_weight(
     grad: Tensor,
     x: Tensor,

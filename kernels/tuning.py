@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from visproj.kernels.interpreter import interpreting
-from visproj.kernels.launch import Config, architecture
+from visproj.kernels.launch import INTERPRETING, Config, architecture
 
 _chosen: dict[str, str] = {}
 _files_read: set[Path] = set()
@@ -59,7 +58,7 @@ def _remembered_or_timed(
     run: Callable[[Config], None],
     like: Tensor,
 ) -> Config:
-    if interpreting():
+    if INTERPRETING:
         return choices[0]
     rows, *rest = shape
     parts = (kernel, architecture(), like.dtype, triton.next_power_of_2(rows), *rest)

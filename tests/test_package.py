@@ -85,10 +85,15 @@ def test_an_uninstalled_clone_works(tmp_path):
 
 def test_why_triton_kernels_cannot_run():
     out = run(
-        "import visproj.kernels.support as s; s.find_spec = lambda name: None\n"
-        "print(s.why_unavailable())"
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import torch, visproj.kernels.support as s; cpu = torch.device('cpu')\n"
+        "print(s.why_unavailable(cpu)); s.find_spec = lambda name: None\n"
+        "print(s.why_unavailable(cpu))"
     )
-    assert out.strip() == "triton is not installed"
+    assert out.splitlines() == [
+        "the tensors are on cpu, not on a GPU",
+        "triton is not installed (pip install triton)",
+    ]
 
 
 def test_version_and_public_names():

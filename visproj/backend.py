@@ -68,9 +68,9 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
             and x.dtype != torch.float64
             and unsupported is None
             and torch.version.hip is None
-            and _why_unavailable(x.device) is None
+            and _why_not(x.device) is None
         )
-    if reason := _why_unavailable(x.device):
+    if reason := _why_not(x.device):
         raise RuntimeError(
             f"the Triton backend was asked for, but {reason}. PyTorch runs the same operation with "
             'visproj.use_backend("torch") or VISPROJ_BACKEND=torch; TRITON_INTERPRET=1 interprets '
@@ -91,5 +91,14 @@ def _choose(backend: str | None) -> str:
     return check_backend(os.environ.get("VISPROJ_BACKEND", "auto"), "VISPROJ_BACKEND")
 
 
-# What a device can do does not change, and dynamo cannot trace how it is found out.
-_why_unavailable = torch.compiler.assume_constant_result(why_unavailable)
+def _why_not(device: torch.device) -> str | None:
+    """:func:`why_unavailable`, asked once for every device: what it can do does not change."""
+    if device not in _reasons:
+        _reasons[device] = why_unavailable(device)
+    return _reasons[device]
+
+
+_reasons: dict[torch.device, str | None] = {}
+# Dynamo cannot trace how the reason is found. This is what torch.compiler.assume_constant_result
+# does, which would import dynamo and triton here and now.
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]

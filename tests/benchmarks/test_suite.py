@@ -156,8 +156,8 @@ def test_row_error():
 def test_sets_are_those_of_the_registry():
     smoke, full = cases.groups("smoke"), cases.groups("full")
     assert len({(group.task.name, group.shape) for group in full}) == len(full)
-    # 6 encoders x 4 language widths x 3 batches x 3 dtypes x 5 tasks.
-    assert len(full) == 6 * 4 * 3 * 3 * 5
+    # 6 encoders x 4 language widths x 3 batches x 3 dtypes x 6 tasks.
+    assert len(full) == 6 * 4 * 3 * 3 * 6
     assert {group.task.name for group in smoke} == set(cases.TASKS)
     compiled = [group for group in smoke if group.compiled]
     assert [group.task.name for group in compiled] == ["perceiver"]

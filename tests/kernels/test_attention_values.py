@@ -70,23 +70,20 @@ def test_outlier_channels(operand, dtype, tiles, device):
 
 SPOILED = [
     (value, operand, masks, style)
-    for value in ("nan", "inf")
-    for operand in ("q", "k", "v", "upstream")
     for masks, style in (
         ("plain", "descriptors"),
         ("masked", "pointers"),
         ("plain", "pointers"),
         ("masked", "descriptors"),
     )
+    for value in ("nan", "inf")
+    for operand in ("q", "k", "v", "upstream")
 ]
 
 
-@pytest.mark.parametrize(
-    ("value", "operand", "masks", "style"),
-    cases(SPOILED[0:16:2] + SPOILED[1:2], SPOILED[3:16:2] + SPOILED[16:]),
-)
+@pytest.mark.parametrize(("value", "operand", "masks", "style"), cases(SPOILED[:12], SPOILED[12:]))
 def test_not_finite_stays_in_its_image_and_head(value, operand, masks, style, tiles, device):
-    """The width of 24 is padded to 32 and neither 37 nor 45 fills its tiles: neighbours are near."""
+    """A head's 24 columns are padded to 32, its 37 rows fill no tile: neighbours are near."""
     tiles(style, attention=(64, 64))
     tensors = attention_operands(*SHAPE, torch.bfloat16, device, shared=False, packed=False)
     tensors.append(upstream_of(torch.bfloat16, device))

@@ -20,9 +20,10 @@ from visproj.kernels.launch import Config
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments):
+def run(*arguments, script=("-m", "benchmarks.codegen")):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.codegen", *arguments]
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *script, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -45,6 +46,13 @@ FIRST = [
 @pytest.mark.parametrize(("kernel", "arch", "config"), FIRST)
 def test_first_choices(first_choices, kernel, arch, config):
     assert first_choices[kernel, arch, config] == []
+
+
+def test_dimensions_of_one_compile():
+    done = run(script=[str(Path(__file__).with_name("edges.py"))])
+    *failures, count = done.stdout.splitlines() or [done.stderr[-2000:]]
+    assert failures == []
+    assert count == "324 launches tried"
 
 
 def every_choice(arch, dtype):

@@ -151,8 +151,10 @@ def test_epilogue(case, style, dtype, tiles, device):
 @pytest.mark.parametrize(
     ("length", "columns", "style"),
     cases(
-        [(37, 1, "pointers"), (1, 72, "pointers"), (33, 31, "pointers"), (32, 33, "pointers")]
-        + [(37, 8, "descriptors"), (1, 72, "descriptors"), (65, 64, "descriptors")]
+        [
+            *((37, 1, "pointers"), (1, 72, "pointers"), (33, 31, "pointers"), (32, 33, "pointers")),
+            *((37, 8, "descriptors"), (1, 72, "descriptors"), (65, 64, "descriptors")),
+        ]
     ),
 )
 def test_table_columns(length, columns, style, tiles, device):

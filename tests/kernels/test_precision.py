@@ -1,4 +1,4 @@
-"""fp32 products follow torch.get_float32_matmul_precision(), or the newer setting where it is set."""
+"""fp32 products follow torch.get_float32_matmul_precision(), or the newer setting if it is set."""
 
 import pytest
 import torch

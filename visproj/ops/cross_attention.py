@@ -227,6 +227,7 @@ def _backward(
         dq = cross_attention_bwd(dout, q, keys, values, mask, out, statistics, dk, dv)
     else:
         dq, *gradients = formulas.attention_backward(dout, q, keys, values, _cut(mask, keys), out)
+        dq = dq.contiguous()
         for target, gradient in zip((dk, dv), gradients, strict=True):
             target.copy_(gradient)
     return [dq, dkv] if v is None else [dq, dk, dv]
