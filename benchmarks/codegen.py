@@ -319,9 +319,11 @@ def complaints(row: Row) -> list[str]:
         want(matrix == 0, "tensor cores in an ieee product")
         return found
     want(matrix > 0, "no matrix instruction")
-    if row.arch >= 90 and row.arch != 120 and row.dtype != "fp32":
+    # Above a head of 128, pointers may take tiles of 32 rows so as not to spill: mma.sync only.
+    narrow = row.width > 128 and row.config.endswith("pointers")
+    if row.arch in (90, 100) and row.dtype != "fp32" and not narrow:
         want(row.count("HMMA") == 0, f"{row.count('HMMA')} HMMA instead of wgmma or tcgen05")
-    found += _product_complaints(row) if row.dtype != "fp32" else []
+    found += _product_complaints(row) if row.dtype != "fp32" and not narrow else []
     return found
 
 

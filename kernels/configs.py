@@ -76,7 +76,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "p64x64/8w2s p64x32/4w2s",
         "d128x64/8w2s d64x64/4w2s p64x64/8w2s",
         "d128x64/8w1s d64x64/4w2s p128x64/8w1s",
-        "d64x64/8w2s p64x64/8w2s",
+        "d64x64/8w1s p64x64/8w2s",
     ),
     "cross_attention_bwd_dq_masked": (
         "p64x64/8w2s",
@@ -102,7 +102,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     "cross_attention_bwd_dkv_wide": (
         "p64x32/8w1s p32x32/8w1s",
         "p32x32/8w1s",
-        "d32x64/8w1s p32x64/8w2s",
+        "d32x64/8w1s p16x64/8w2s",
         "d64x64/8w1s d32x64/8w1s p64x64/8w1s",
         "d64x32/8w1s p32x32/8w1s",
     ),
@@ -115,16 +115,16 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "cross_attention_bwd_dq_wide": (
         "p32x64/8w1s p64x32/8w1s",
-        "p32x64/8w1s p64x32/8w1s",
+        "p64x32/8w1s",
         "d64x32/8w2s p64x32/8w2s",
         "d64x32/8w1s p64x32/8w1s",
         "d64x32/8w1s p64x32/8w1s",
     ),
     "cross_attention_bwd_dq_masked_wide": (
         "p32x64/8w1s",
-        "p32x32/8w1s p16x64/8w1s",
-        "d64x32/8w2s p64x32/8w2s",
-        "d64x32/8w1s p64x32/8w1s",
+        "p16x64/8w1s",
+        "d64x32/8w2s p64x16/8w2s",
+        "d64x32/8w1s p32x64/8w1s",
         "d64x32/8w1s p32x64/8w1s",
     ),
 }

@@ -26,7 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Triton compiles an argument of 1 in as a constant. A loop over a single key is then no loop, which
 # the compiler's pipeliner of descriptors does not survive (triton 3.7.1, sm_90).
-COUNTS = ["batch", "queries", "keys", "heads", "images_per_part"]
+NO_CONSTANTS = ["keys"]
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def power(x, MASKED: tl.constexpr):
     return tl.math.exp2(x)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_fwd_kernel(
     q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
     k_ptr,  # [batch, keys, heads, width]

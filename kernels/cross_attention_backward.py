@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels.cross_attention import (
-    COUNTS,
     LOG2E,
+    NO_CONSTANTS,
     attention_candidates,
     describe_head,
     head_strides,
@@ -75,7 +75,7 @@ def _probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
         return tl.math.exp2(scores - lse)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -182,7 +182,7 @@ def _cross_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + cells, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
