@@ -130,20 +130,26 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
 }
 KERNELS = tuple(_HALF)
 
-# fp32 on every architecture: without and with tf32. What is not listed takes the entry of the
-# longest listed name that it starts with.
-_SINGLE: dict[str, dict[str, str]] = {
+# fp32, without and with tf32: one configuration for every architecture, or one for each column.
+# What is not listed takes the entry of the longest listed name that it starts with.
+_SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
     "ieee": {
         "linear": "p64x64x16/4w2s",
         "linear_bwd_weight": "p64x32x16/4w2s",
         "cross_attention": "p32x32/8w1s",
         "cross_attention_wide": "p16x16/8w1s",
-        "cross_attention_bwd_dkv_wide": "p16x16/16w1s",
-        "cross_attention_bwd_dq_masked_wide": "p16x16/4w1s",
+        "cross_attention_bwd_dkv_wide": "p16x32/8w1s",
+        "cross_attention_bwd_dkv_masked_wide": ("p16x16/16w1s", *("p16x16/8w1s",) * 4),
+        "cross_attention_bwd_dq_masked_wide": (*("p16x16/8w1s",) * 4, "p16x32/8w1s"),
     },
     "tf32": {
-        "linear": "p64x64x32/4w2s",
+        "linear": (*("p64x64x32/4w2s",) * 3, "p64x64x16/4w2s", "p64x64x32/4w2s"),
         "cross_attention": "p32x32/8w1s",
+        "cross_attention_bwd_dkv_masked": (
+            *("p32x32/8w1s",) * 3,
+            "p16x32/8w1s",
+            "p32x32/8w1s",
+        ),
         "cross_attention_bwd_dq": "p16x16/4w1s",
         "cross_attention_wide": "p16x16/8w1s",
     },
@@ -177,7 +183,8 @@ def shipped(kernel: str, dtype: torch.dtype, arch: int) -> tuple[Config, ...]:
     wide = "_wide" if kernel.endswith("_wide") else ""
     names = [name for name in table if kernel.startswith(name.removesuffix("_wide"))]
     names = [name for name in names if name.endswith("_wide") == bool(wide)] or names
-    return _parse(table[max(names, key=len)])
+    entry = table[max(names, key=len)]
+    return _parse(entry if isinstance(entry, str) else entry[_COLUMN[arch]])
 
 
 def nearest(arch: int | str) -> int:
