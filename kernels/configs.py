@@ -143,7 +143,7 @@ _SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
         "cross_attention_bwd_dq_masked_wide": (*("p16x16/8w1s",) * 4, "p16x32/8w1s"),
     },
     "tf32": {
-        "linear": (*("p64x64x32/4w2s",) * 3, "p64x64x16/4w2s", "p64x64x32/4w2s"),
+        "linear": (*("p64x64x32/4w2s",) * 3, "p64x32x32/4w2s", "p64x64x32/4w2s"),
         "cross_attention": "p32x32/8w1s",
         "cross_attention_bwd_dkv_masked": (
             *("p32x32/8w1s",) * 3,
