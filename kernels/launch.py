@@ -101,7 +101,8 @@ def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(launcher)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device_of(args[0]):
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.cuda.device_of(first):
             return launcher(*args, **kwargs)
 
     return guarded

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import rms_error
 from kernels_support import (
     DTYPES,
     LAYOUTS,
@@ -206,6 +207,26 @@ def test_far_from_zero(bias, D, tiles, device):
     tensors[1] *= 1e-2
     tensors[2] = bias + 1e-2 * tensors[2]
     check_norm(tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@LENGTHS
+def test_far_from_zero_between_two_linears(L, dtype, tiles, device):
+    """The same with a shared direction in the weight as well, through both ways of normalising.
+
+    No large mean may have to cancel behind the second product. Where the weights are scaled nothing
+    is lost: the error is that of rounding weight, y and scaled weight once each.
+    """
+    tiles()
+    tensors = linear_norm_linear(2, L, 24, 40, 24, torch.float32, device, positions=False)
+    tensors[1] = 1e-2 * tensors[1] + 100 * torch.randn(24, device=device)
+    tensors = [None if t is None else t.to(DTYPES[dtype]) for t in tensors]
+    truth = chain([None if t is None else t.double() for t in tensors], 0, backend="torch")
+    torch_error = rms_error(chain(tensors, 0, backend="torch"), truth)
+    error = rms_error(chain(tensors, 0), truth)
+    assert error <= 2 * torch_error
+    if 2 * L > 24:
+        assert error < 4 * torch.finfo(DTYPES[dtype]).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

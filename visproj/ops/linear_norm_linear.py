@@ -153,16 +153,31 @@ def _scale_weight(
     out_bias: Tensor | None,
     table: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gain goes into the weight, mean and deviation into the product's epilogue."""
+    """The gain goes into the weight, mean and deviation into the product's epilogue.
+
+    The first weight is centred over its outputs, which LayerNorm does not see: else a row's large
+    mean would have to cancel behind the second product.
+    """
     from visproj.kernels.layer_norm import fold_gain
     from visproj.kernels.linear import linear_fwd, linear_statistics_fwd
 
-    y, mean, rstd = linear_statistics_fwd(x, weight, bias, eps)
+    y, mean, rstd = linear_statistics_fwd(x, *_centre(weight, bias), eps)
     folded, weight_sum, constant = fold_gain(out_weight, gain, shift, out_bias)
     out = linear_fwd(
         y, folded, mean=mean, rstd=rstd, weight_sum=weight_sum, shift=constant, table=table
     )[0]
     return out, y, mean, rstd
+
+
+def _centre(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias without their mean over the outputs, the bias in fp32.
+
+    A column of the weight is left as it is where its mean is below its deviation: nothing is lost
+    then, and rounding the difference would add an error of its own.
+    """
+    variance, mean = torch.var_mean(weight.float(), 0, correction=0)
+    weight = (weight - mean.where(mean.square() > variance, 0.0)).to(weight.dtype)
+    return weight, None if bias is None else bias.float() - bias.mean(dtype=torch.float32)
 
 
 def _normalise_rows(
