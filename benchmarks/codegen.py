@@ -287,9 +287,9 @@ def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
     """
     _set_precision("tf32")
     width = 144 if kernel.endswith("_wide") else 128
-    default = (
-        configs.shipped(kernel, DTYPES[dtype], 80)[:1] if kernel in configs.KERNELS else (None,)
-    )
+    default: tuple[Config | None, ...] = (None,)
+    if kernel in configs.KERNELS:
+        default = configs.shipped(kernel, DTYPES[dtype], configs.nearest("gfx942"))[:1]
     only = mock.patch.object(configs, "candidates", return_value=default)
     with compiling_for(GPUTarget("hip", "gfx942", 64)) as compiled, only:
         call(kernel, DTYPES[dtype], width)

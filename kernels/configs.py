@@ -39,7 +39,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     "linear_bwd_weight": (
         "p128x128x32/8w3s p64x128x64/4w3s",
         "p128x128x32/8w3s p64x128x64/4w3s",
-        "d128x128x64/8w3s d128x128x32/8w3s p128x128x64/8w3s",
+        "d128x128x32/8w3s d128x128x64/8w3s p128x128x64/8w3s",
         "d128x128x64/8w3s d64x128x64/4w3s p128x128x64/8w3s",
         "d128x128x32/8w3s p128x128x32/8w3s",
     ),
@@ -188,9 +188,10 @@ def shipped(kernel: str, dtype: torch.dtype, arch: int) -> tuple[Config, ...]:
 
 
 def nearest(arch: int | str) -> int:
-    """The newest architecture of the table that is not newer; the oldest one for AMD's."""
-    older = [known for known in ARCHITECTURES if isinstance(arch, int) and known <= arch]
-    return max(older, default=ARCHITECTURES[0])
+    """The newest architecture of the table that is not newer; for AMD's one of little memory."""
+    if isinstance(arch, str):
+        return 86
+    return max((known for known in ARCHITECTURES if known <= arch), default=ARCHITECTURES[0])
 
 
 @cache
