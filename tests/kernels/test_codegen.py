@@ -148,14 +148,6 @@ def test_exact_counts_of_attention(kernel, config, hgmma):
     assert codegen.complaints(fewer) == [f"{hgmma - 1} HGMMA instead of {hgmma}"]
 
 
-@pytest.mark.parametrize(
-    ("arch", "known"),
-    [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120), ("gfx942", 86)],
-)
-def test_unknown_architectures_take_the_nearest_older(arch, known):
-    assert configs.nearest(arch) == known
-
-
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_every_kernel_has_pointers_and_tiles_that_fit_masks(kernel, arch):

@@ -120,7 +120,7 @@ def test_unaligned_operands_and_the_variable_leave_pointers(kernel, dtype, monke
 
 @pytest.mark.parametrize(
     ("arch", "taken"),
-    [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120), (130, 120), ("gfx942", 80)],
+    [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120), (130, 120), ("gfx942", 86)],
 )
 def test_an_unknown_architecture_takes_the_nearest_older_one(arch, taken):
     assert configs.nearest(arch) == taken
