@@ -1,19 +1,25 @@
 """What folding a Perceiver buys on this machine's CPU: ``python -m benchmarks.fold``.
 
 Time as ratios of paired runs, memory as the peak above the weights in a process of its own,
-multiply-adds from torch's flop counter, errors against the fp64 oracle.
+multiply-adds from torch's flop counter, errors against the fp64 oracle. What the Triton kernels
+would do is counted on paper, and their errors are those of interpreting them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # PyTorch's paths, which are timed, do not notice
 
 import torch
 import typer
@@ -22,12 +28,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import measure, model
+from benchmarks import launches, measure, model
 from benchmarks.peers import UpstreamPerceiver
-from visproj import PerceiverProjector, fold
+from visproj import PerceiverProjector, fold, use_backend
 from visproj.reference import projector_ref
 
-CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, 256
+CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, launches.TOKENS
 console = Console(width=100)
 
 
@@ -70,7 +76,10 @@ def peak_mib(name: str, batch: int) -> float:
 
 
 def own_peak_mib(name: str, batch: int) -> float:
-    """What :func:`peak_mib` starts. Linux only: it resets the kernel's high-water mark."""
+    """What :func:`peak_mib` starts. Linux only: it resets the kernel's high-water mark.
+
+    What was freed before goes back to the system first, else the call would find it there.
+    """
 
     def status(field: str) -> int:
         found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -80,6 +89,7 @@ def own_peak_mib(name: str, batch: int) -> float:
     module = peers(CLIP_L, LLAMA_7B, torch.float32)[name]
     module(inputs(1, CLIP_L, torch.float32))
     x = inputs(batch, CLIP_L, torch.float32)
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     module(x)
@@ -92,8 +102,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
-    """Error of upstream's module and the folded one at a small width, mean over four seeds."""
-    found: dict[str, list[float]] = {"upstream": [], "folded": []}
+    """Error of upstream's module and the folded ones at a small width, mean over four seeds."""
+    found: dict[str, list[float]] = {"upstream": [], "folded": [], "folded, Triton": []}
     for seed in range(4):
         torch.manual_seed(seed)
         projector = PerceiverProjector(128, 512).to(dtype)
@@ -106,6 +116,8 @@ def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
         truth = projector_ref(projector, x)
         found["upstream"].append(relative_error(upstream(x), truth))
         found["folded"].append(relative_error(fold(projector)(x), truth))
+        with use_backend("triton"):
+            found["folded, Triton"].append(relative_error(fold(projector)(x), truth))
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
@@ -154,7 +166,7 @@ def memory_table(batch: int) -> Table:
 def error_table() -> Table:
     """Relative rms error against the fp64 oracle."""
     table = Table(title="Relative rms error against fp64, C 128, D 512, mean of 4 seeds")
-    for heading in ("dtype", "features", "upstream", "folded"):
+    for heading in ("dtype", "features", "upstream", "folded", "folded, Triton (interpreted)"):
         table.add_column(heading)
     for dtype in (torch.float32, torch.bfloat16):
         for outliers in (False, True):
@@ -162,9 +174,21 @@ def error_table() -> Table:
             table.add_row(
                 str(dtype).removeprefix("torch."),
                 "3 channels at 15 to 40 x" if outliers else "normal",
-                *(f"{found[name]:.1e}" for name in ("upstream", "folded")),
+                *(f"{error:.1e}" for error in found.values()),
             )
     return table
+
+
+def triton_tables() -> Iterator[Table]:
+    """What the kernels launch, compute and move, counted; for one image and for eight."""
+    projector = PerceiverProjector(CLIP_L, LLAMA_7B)
+    folded = fold(projector, dtype=torch.bfloat16, triton=True)
+    for batch in (1, 8):
+        x = inputs(batch, CLIP_L, torch.bfloat16)
+        with use_backend("triton"):
+            cost = model.costs(folded, [x], trains=False)
+        costs = {**launches.count(batch), "visproj, Triton, folded": cost}
+        yield launches.cost_table(costs, ("forward",), batch)
 
 
 @torch.no_grad()
@@ -188,6 +212,7 @@ def main(
     console.print(time_table(batch, pairs))
     console.print(memory_table(batch))
     console.print(error_table())
+    console.print(*triton_tables())
 
 
 if __name__ == "__main__":

@@ -57,38 +57,40 @@ def main(
     """Print a table for each batch size."""
     console = Console(width=120)
     for images in batch or [1, 8, 32]:
-        table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, bf16, batch {images}")
-        for column in (
-            "",
-            "mode",
-            "launches",
-            "on weights alone",
-            "GFLOP",
-            "MB",
-            "H100 µs (model)",
-        ):
-            table.add_column(column, justify="left" if column in ("", "mode") else "right")
         costs = count(images)
-        for name, modes in costs.items():
-            for mode in ("forward", "backward"):
-                cost = modes[mode]
-                alone = sum(launch.weights_only for launch in cost.launches)
-                table.add_row(
-                    name,
-                    mode,
-                    str(len(cost.launches) - alone),
-                    str(alone),
-                    f"{cost.flops / 1e9:.0f}",
-                    f"{sum(launch.bytes for launch in cost.launches) / 1e6:.0f}",
-                    f"{1e6 * cost.seconds(model.MACHINES['H100']):.0f}",
-                )
-        console.print(table)
+        console.print(cost_table(costs, ("forward", "backward"), images))
         if every:
             for mode in ("forward", "backward"):
                 for launch in costs["visproj, Triton"][mode].launches:
                     note = " (weights alone)" if launch.weights_only else ""
                     gflop, megabytes = launch.flops / 1e9, launch.bytes / 1e6
                     print(f"{mode}: {launch.name} {gflop:.1f} GFLOP {megabytes:.1f} MB{note}")
+
+
+def cost_table(
+    costs: dict[str, dict[str, model.Cost]], modes: tuple[str, ...], images: int
+) -> Table:
+    """One row for every implementation and mode; the first implementation is upstream's."""
+    table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, bf16, batch {images}")
+    columns = ("launches", "on weights alone", "GFLOP", "of upstream's", "MB", "H100 µs (model)")
+    for column in ("", "mode", *columns):
+        table.add_column(column, justify="left" if column in ("", "mode") else "right")
+    upstream = next(iter(costs.values()))
+    for name, by_mode in costs.items():
+        for mode in modes:
+            cost = by_mode[mode]
+            alone = sum(launch.weights_only for launch in cost.launches)
+            table.add_row(
+                name,
+                mode,
+                str(len(cost.launches) - alone),
+                str(alone),
+                f"{cost.flops / 1e9:.0f}",
+                f"{cost.flops / upstream[mode].flops:.3f}",
+                f"{sum(launch.bytes for launch in cost.launches) / 1e6:.0f}",
+                f"{1e6 * cost.seconds(model.MACHINES['H100']):.0f}",
+            )
+    return table
 
 
 if __name__ == "__main__":

@@ -33,6 +33,16 @@ def _product(args: Mapping[str, Any]) -> int:
     return 2 * args["M"] * args["N"] * args["K"]
 
 
+def _linear(args: Mapping[str, Any]) -> int:
+    """A product whose kernel skips the tiles in which a triangular weight is zero."""
+    if not args["TRIANGULAR"]:
+        return _product(args)
+    N, K, columns, depth = (args[name] for name in ("N", "K", "BLOCK_N", "BLOCK_K"))
+    first_columns = range(0, N, columns)
+    done = sum((K - n // depth * depth) * min(columns, N - n) for n in first_columns)
+    return 2 * args["M"] * done
+
+
 def _attention_products(count: int) -> Callable[[Mapping[str, Any]], int]:
     """FLOPs of so many products of queries, keys and head width, for every image and head."""
 
@@ -44,7 +54,7 @@ def _attention_products(count: int) -> Callable[[Mapping[str, Any]], int]:
 
 
 KERNEL_FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "_linear_fwd_kernel": _product,
+    "_linear_fwd_kernel": _linear,
     "_linear_bwd_weight_kernel": _product,
     "_cross_attention_fwd_kernel": _attention_products(2),
     "_cross_attention_bwd_dkv_kernel": _attention_products(4),
@@ -231,7 +241,8 @@ class _Recorder(TorchDispatchMode):
         read = [x for x in tensors if self._storage(x) in seen]
         written = [x for x in tensors if self._storage(x) not in seen]
         name = kernel.__name__
-        self._add(name, KERNEL_FLOPS.get(name, lambda _: 0)(named), read, written)
+        flops = KERNEL_FLOPS.get(name, lambda _: 0)({**named, **constants})
+        self._add(name, flops, read, written)
 
 
 def touched_bytes(x: Tensor) -> int:

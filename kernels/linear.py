@@ -42,13 +42,16 @@ def _linear_fwd_kernel(
     out_ptr,  # [images * length, N]
     bias_ptr,  # [N]
     mean_ptr,  # [images * length]
-    rstd_ptr,  # [images * length]
+    rstd_ptr,  # [images * length], or [parts, M]: of a row, sums of squares that it follows from
     weight_sum_ptr,  # [N]
     gain_ptr,  # [N]
     shift_ptr,  # [N]
     table_ptr,  # [length, table_columns]
     means_ptr,  # [tiles_n, M]: of each tile's part of a row
-    squares_ptr,  # [tiles_n, M]: sums of squared deviations from it
+    squares_ptr,  # [tiles_n, M]: sums of squared deviations from it, without means_ptr from zero
+    parts,
+    divisor,
+    eps,
     M,
     images,
     length,
@@ -69,6 +72,8 @@ def _linear_fwd_kernel(
     DESCRIPTORS: tl.constexpr,
 ):
     """rstd * (x @ weight.T + bias - mean * weight_sum) * gain + shift + table, one tile of it.
+
+    With parts, rstd = 1 / sqrt(sum of squares / divisor + eps).
 
     Grid: (row tiles of every image * column tiles). A tile never crosses an image.
     """
@@ -117,7 +122,16 @@ def _linear_fwd_kernel(
         mean = tl.load(mean_ptr + flat_rows, mask=in_rows, other=0.0)
         acc -= mean[:, None] * _column_vector(weight_sum_ptr, cols, N)
     if rstd_ptr is not None:
-        acc *= tl.load(rstd_ptr + flat_rows, mask=in_rows, other=0.0)[:, None]
+        if parts is None:
+            rstd = tl.load(rstd_ptr + flat_rows, mask=in_rows, other=0.0)
+        else:
+            square = tl.zeros((BLOCK_M,), tl.float32)
+            square_ptrs = rstd_ptr + flat_rows
+            for _ in range(parts):
+                square += tl.load(square_ptrs, mask=in_rows, other=0.0)
+                square_ptrs += M
+            rstd = 1.0 / tl.sqrt(square / divisor + eps)
+        acc *= rstd[:, None]
     if gain_ptr is not None:
         acc *= _column_vector(gain_ptr, cols, N)
     if shift_ptr is not None:
@@ -144,31 +158,32 @@ def _linear_fwd_kernel(
         else:
             in_out = in_rows[:, None] & in_cols[None, :]
             tl.store(out_ptr + flat_rows[:, None] * N + cols[None, :], result, mask=in_out)
-    if means_ptr is not None:
+    if squares_ptr is not None:
         # Of what was stored, so that these are the statistics of the tensor others read.
-        tile_mean = tl.sum(tl.where(in_cols[None, :], acc, 0.0), 1) / min(N - first_col, BLOCK_N)
-        centred = tl.where(in_cols[None, :], acc - tile_mean[:, None], 0.0)
-        parts = tile_n.to(tl.int64) * M + flat_rows
-        tl.store(means_ptr + parts, tile_mean, mask=in_rows)
-        tl.store(squares_ptr + parts, tl.sum(centred * centred, 1), mask=in_rows)
+        acc = tl.where(in_cols[None, :], acc, 0.0)
+        cells = tile_n.to(tl.int64) * M + flat_rows
+        if means_ptr is not None:
+            tile_mean = tl.sum(acc, 1) / min(N - first_col, BLOCK_N)
+            acc = tl.where(in_cols[None, :], acc - tile_mean[:, None], 0.0)
+            tl.store(means_ptr + cells, tile_mean, mask=in_rows)
+        tl.store(squares_ptr + cells, tl.sum(acc * acc, 1), mask=in_rows)
 
 
 @triton.jit
 def _merge_statistics_kernel(
     means_ptr,  # [tiles, M]
     squares_ptr,  # [tiles, M]
-    mean_ptr,  # [M], or None for the root mean square instead of the deviation
+    mean_ptr,  # [M]
     rstd_ptr,  # [M]
     M,
     N,
     tiles,
-    divisor,
     eps,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Chan's merge of means and M2 into 1 / sqrt(M2 / divisor + eps). Grid: (row blocks)."""
+    """Chan's merge of means and M2 into 1 / sqrt(M2 / N + eps). Grid: (row blocks)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     parts = tl.arange(0, BLOCK_T)
     inside = (parts < tiles)[:, None] & (rows < M)[None, :]
@@ -176,12 +191,11 @@ def _merge_statistics_kernel(
     cells = parts.to(tl.int64)[:, None] * M + rows[None, :]
     means = tl.load(means_ptr + cells, mask=inside, other=0.0)
     squares = tl.load(squares_ptr + cells, mask=inside, other=0.0)
-    if mean_ptr is not None:
-        mean = tl.sum(means * counts, 0) / N
-        tl.store(mean_ptr + rows, mean, mask=rows < M)
-        means -= mean[None, :]
+    mean = tl.sum(means * counts, 0) / N
+    means -= mean[None, :]
     total = tl.sum(squares + counts * means * means, 0)
-    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / divisor + eps), mask=rows < M)
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / N + eps), mask=rows < M)
 
 
 @on_its_device
@@ -192,6 +206,9 @@ def linear_fwd(
     bias: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
+    squares: Tensor | None = None,
+    divisor: int = 1,
+    eps: float = 0.0,
     weight_sum: Tensor | None = None,
     gain: Tensor | None = None,
     shift: Tensor | None = None,
@@ -208,16 +225,21 @@ def linear_fwd(
         bias: ``[N]``.
         mean: fp32 ``[B, L]``, together with ``weight_sum``.
         rstd: fp32 ``[B, L]``.
+        squares: fp32 ``[parts, B * L]``, of a row the sums of squares that ``rstd`` follows from:
+            ``1 / sqrt(sum / divisor + eps)``.
+        divisor: Beside ``squares``.
+        eps: Beside ``squares``.
         weight_sum: fp32 ``[N]``.
         gain: ``[N]``.
         shift: ``[N]``.
         table: ``[L, columns]``, added to the first columns of every image.
-        store: Whether the result is wanted.
-        statistics: Whether per-tile statistics of its rows are wanted.
+        store: Whether the result is wanted, else its rows' sums of squares are.
+        statistics: Whether mean and M2 of its rows are wanted.
         triangular: Whether ``weight[n, k]`` is zero for ``k < n``.
 
     Returns:
-        ``[B, L, N]`` or ``None``; fp32 ``[2, tiles, B * L]`` or ``None``; the width of such a tile.
+        ``[B, L, N]`` or ``None``; of every row's part in a tile, fp32: mean and M2 ``[2, tiles,
+        B * L]``, sums of squares ``[1, tiles, B * L]``, or ``None``; the width of such a tile.
     """
     images, length, K = x.shape
     N = weight.shape[0]
@@ -231,9 +253,9 @@ def linear_fwd(
 
     def run(config: Config) -> None:
         block_m, block_n, block_k = config.blocks
-        if statistics:
-            tiles = triton.cdiv(N, block_n)
-            workspace[0] = x.new_empty(2, tiles, images * length, dtype=torch.float32)
+        if statistics or not store:
+            parts = (1 + statistics, triton.cdiv(N, block_n), images * length)
+            workspace[0] = x.new_empty(parts, dtype=torch.float32)
         launch(
             _linear_fwd_kernel,
             images * triton.cdiv(length, block_m) * triton.cdiv(N, block_n),
@@ -242,12 +264,15 @@ def linear_fwd(
             out,
             bias,
             mean,
-            rstd,
+            rstd if squares is None else squares,
             weight_sum,
             gain,
             shift,
             table,
             *_parts(workspace[0]),
+            None if squares is None else squares.shape[0],
+            divisor,
+            eps,
             images * length,
             images,
             length,
@@ -272,13 +297,17 @@ def linear_fwd(
 
     kernel = "linear_table" if table is not None else "linear"
     choices = configs.candidates(kernel, x.dtype, descriptors=describable(x, weight, out, table))
-    key = (images * length, N, K, statistics, rstd is not None)
+    scaled = rstd is not None or squares is not None
+    key = (images * length, N, K, statistics, store, triangular, scaled)
     config = run_best(kernel, key, choices, run, x)
     return out, workspace[0], config.blocks[1]
 
 
 def _parts(partials: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if partials is None else (partials[0], partials[1])
+    """Means, where there are any, and squares."""
+    if partials is None:
+        return None, None
+    return partials[0] if len(partials) > 1 else None, partials[-1]
 
 
 def linear_statistics_fwd(
@@ -298,23 +327,56 @@ def linear_statistics_fwd(
     y, partials, tile = linear_fwd(x, weight, bias=bias, statistics=True)
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    merge_statistics(partials, mean, rstd, weight.shape[0], tile, weight.shape[0], eps)
+    merge_statistics(partials, mean, rstd, weight.shape[0], tile, eps)
     return y, mean, rstd
 
 
-def merge_statistics(
-    partials: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+def folded_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stats_weight: Tensor,
+    stats_bias: Tensor,
+    shift: Tensor | None,
+    table: Tensor | None,
     width: int,
-    tile: int,
-    divisor: int,
     eps: float,
-) -> None:
-    """Merge what :func:`linear_fwd` left in ``partials`` into ``mean`` and ``rstd``.
+) -> Tensor:
+    """``rstd * (x Wᵀ + bias) + shift + table``, ``rstd = (‖x Rᵀ + r‖² / width + eps)^(-1/2)``.
 
-    With ``mean=None``, ``rstd = 1 / sqrt(sum of squares / divisor + eps)``.
+    Two launches: the first skips the zero tiles of ``R`` and stores only its rows' squares.
+
+    Args:
+        x: ``[B, L, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]``.
+        stats_weight: ``R``, upper triangular ``[<= K, K]``.
+        stats_bias: ``r``.
+        shift: ``[N]`` or ``None``.
+        table: ``[L, columns]`` or ``None``.
+        width: How many numbers have these squares.
+        eps: Added to their mean.
+
+    Returns:
+        ``[B, L, N]`` in the dtype of ``x``.
     """
+    _, partials, _ = linear_fwd(x, stats_weight, bias=stats_bias, store=False, triangular=True)
+    return linear_fwd(
+        x,
+        weight,
+        bias=bias,
+        squares=partials[0],
+        divisor=width,
+        eps=eps,
+        shift=shift,
+        table=table,
+    )[0]
+
+
+def merge_statistics(
+    partials: Tensor, mean: Tensor, rstd: Tensor, width: int, tile: int, eps: float
+) -> None:
+    """Merge the statistics that :func:`linear_fwd` left in ``partials`` into ``mean``, ``rstd``."""
     _, tiles, rows = partials.shape
     block_t = triton.next_power_of_2(tiles)
     block_m = max(16, min(128, 4096 // block_t))
@@ -327,7 +389,6 @@ def merge_statistics(
         rows,
         width,
         tiles,
-        divisor,
         eps,
         TILE=tile,
         BLOCK_M=block_m,

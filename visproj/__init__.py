@@ -10,7 +10,7 @@ if not (_root / "visproj" / "kernels").is_dir() and (_root / "kernels" / "suppor
     __path__.append(str(_root))
 
 from visproj.backend import use_backend  # noqa: E402
-from visproj.folding import fold, load_folded  # noqa: E402
+from visproj.folding import fold, graphed, load_folded  # noqa: E402
 from visproj.projectors import (  # noqa: E402
     LinearProjector,
     PerceiverProjector,
@@ -36,6 +36,7 @@ __all__ = [
     "build_projector",
     "extract_vision_encoder",
     "fold",
+    "graphed",
     "insert_visual_tokens",
     "load_folded",
     "use_backend",

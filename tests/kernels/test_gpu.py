@@ -62,6 +62,24 @@ def test_graph_capture(dtype, autotune, device, monkeypatch, tmp_path):
             assert torch.equal(out, projector(x, grid=(14, 14)))
 
 
+@pytest.mark.parametrize("kind", ["baseline", "vit", "perceiver"])
+def test_folded_and_graphed(kind, device):
+    """A recorded folded projector gives what it gives launched kernel by kernel."""
+    if kind == "perceiver":
+        projector, call = perceiver(torch.bfloat16, device), {"grid": (14, 14)}
+    else:
+        projector, call = make(kind, WIDTH, torch.bfloat16, device), {}
+    folded = visproj.fold(projector)
+    assert any("stats" in name for name in folded.state_dict()), "folded for the kernels"
+    replay = visproj.graphed(folded, images(3, torch.bfloat16, device), **call)
+    for _ in range(3):
+        x = torch.randn_like(images(3, torch.bfloat16, device))
+        with torch.no_grad():
+            assert torch.equal(replay(x), folded(x, **call))
+    with pytest.raises(ValueError, match="the graph was recorded for"):
+        replay(x[:2])
+
+
 def test_two_streams(device):
     """Each stream has its own work; neither waits for the default one by itself."""
     projector = perceiver(torch.bfloat16, device)

@@ -270,16 +270,35 @@ def test_folded_statistics(M, N, K, dtype, style, tiles, device):
     tiles(style)
     x, weight = operands(1, M, K, N, DTYPES[dtype], device)
     triangle, bias = weight.triu(), random(N, dtype=DTYPES[dtype], device=device)
-    out, partials, tile = linear.linear_fwd(
-        x, triangle, bias=bias, store=False, statistics=True, triangular=True
-    )
+    out, partials, tile = linear.linear_fwd(x, triangle, bias=bias, store=False, triangular=True)
     assert out is None
-    rstd = x.new_empty(1, M, dtype=torch.float32)
-    linear.merge_statistics(partials, None, rstd, N, tile, 3 * N, 1e-6)
+    assert partials.shape == (1, -(-N // tile), M)
     truth = formula(x.double(), triangle.double(), bias=bias.double())
-    wanted = (truth.square().sum(-1) / (3 * N) + 1e-6).rsqrt()
     # Nothing is rounded to 16 bits on the way; fp32 sums of up to 104 terms.
-    torch.testing.assert_close(rstd.double(), wanted, rtol=1e-5, atol=0)
+    wanted = truth.square().sum(-1).flatten()
+    torch.testing.assert_close(partials.sum((0, 1)).double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("columns", [0, 40, 72])
+@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize("dtype", cases(["bf16"], ["fp32", "fp16"]))
+def test_row_scale_from_squares(dtype, parts, columns, style, tiles, device):
+    """As many parts as tiles of the product that left them; images do not share a tile."""
+    ran = tiles(style)
+    images, length, K, N = 3, 37, 40, 72
+    dtype = DTYPES[dtype]
+    x, weight = operands(images, length, K, N, dtype, device)
+    squares = random(parts, images * length, dtype=torch.float32, device=device).square()
+    given = {name: random(N, dtype=dtype, device=device) for name in ("bias", "shift")}
+    if columns:
+        given["table"] = random(length, columns, dtype=dtype, device=device)
+    out = linear.linear_fwd(x, weight, **given, squares=squares, divisor=5, eps=0.25)[0]
+    rstd = (squares.double().sum(0) / 5 + 0.25).rsqrt().view(images, length)
+    exact = {name: t.double() for name, t in given.items()}
+    truth = formula(x.double(), weight.double(), **exact, rstd=rstd)
+    check_error(out, formula(x, weight, **given, rstd=rstd), truth, factor=2)
+    assert ran == {style}
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -9,9 +9,9 @@ from helpers import rms_error
 from visproj import ops, use_backend
 
 # The package's attributes of these names are the public functions.
-linear_layer_norm, linear_norm_linear, attention = (
+linear_layer_norm, linear_norm_linear, attention, folded_linear = (
     importlib.import_module(f"visproj.ops.{name}")
-    for name in ("linear_layer_norm", "linear_norm_linear", "cross_attention")
+    for name in ("linear_layer_norm", "linear_norm_linear", "cross_attention", "folded_linear")
 )
 
 B, L, C, D, N = 2, 5, 8, 12, 16
@@ -28,6 +28,12 @@ def norm_inputs(**options):
 
 def chain_inputs(**options):
     return [*norm_inputs(**options), *(random(*s, **options) for s in ((N, D), (N,), (L, D)))]
+
+
+def folded_inputs(**options):
+    shapes = ((B, L, C), (D, C), (D,), (C, C), (C,), (D,), (L, 8))
+    x, weight, bias, stats_weight, *others = (random(*shape, **options) for shape in shapes)
+    return [x, weight, bias, stats_weight.triu(), *others]
 
 
 def attention_inputs(form, **options):
@@ -321,3 +327,21 @@ def test_a_mask_that_requires_grad_goes_to_pytorch(device, monkeypatch):
         ops.cross_attention(q, kv, attn_mask=mask, backend="triton")
     with torch.no_grad():
         ops.cross_attention(q, kv, attn_mask=mask, backend="triton")
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_opcheck_of_the_folded_linear(lead, dtype, triton, device):
+    x, *others = folded_inputs(dtype=dtype, device=device)
+    x = x[0].expand(*lead, -1, -1)
+    torch.library.opcheck(folded_linear._forward, (x, *others, D, 1e-5, triton))
+    without = (*others[:4], None, None)
+    torch.library.opcheck(folded_linear._forward, (x, *without, D, 1e-5, triton))
+
+
+def test_the_folded_linear_has_no_gradient(device):
+    x, *others = folded_inputs(device=device)
+    out = ops.folded_linear(x.requires_grad_(), *others, width=D, eps=1e-5, backend="triton")
+    with pytest.raises(RuntimeError, match="folded_linear has no gradient"):
+        out.sum().backward()

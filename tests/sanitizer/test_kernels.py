@@ -54,7 +54,7 @@ def aligned_gap(dtype):
 @STYLES
 @DTYPES
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("epilogue", ["none", "norm", "statistics", "statistics only"])
+@pytest.mark.parametrize("epilogue", ["none", "norm", "folded", "statistics", "squares"])
 def test_linear(tiles, descriptors, dtype, images, epilogue):
     tiles(16, 32, 32, descriptors=descriptors)
     length, K, N, columns = 37, 72, 104, 64
@@ -71,14 +71,27 @@ def test_linear(tiles, descriptors, dtype, images, epilogue):
         truth = truth + bias - mean.double()[..., None] * weight_sum.double()
         truth = truth * rstd.double()[..., None] * gain + shift
         truth[..., :columns] += table.double()
-    elif epilogue != "none":
-        options = {"statistics": True, "store": epilogue == "statistics"}
+    elif epilogue == "folded":
+        squares, bias = random(3, images * length).square(), random(N, dtype=dtype)
+        table = random(length, columns, dtype=dtype)
+        options = {"squares": squares, "divisor": 7, "eps": 0.5, "bias": bias, "table": table}
+        rstd = (squares.double().sum(0) / 7 + 0.5).rsqrt().view(images, length, 1)
+        truth = rstd * (truth + bias.double())
+        truth[..., :columns] += table.double()
+    elif epilogue == "statistics":
+        options = {"statistics": True}
+    elif epilogue == "squares":
+        weight = weight.triu()
+        options = {"store": False, "triangular": True}
+        truth = x.double() @ weight.double().T
     out, partials, tile = linear.linear_fwd(x, weight, **options)
-    if epilogue != "statistics only":
+    if epilogue == "squares":
+        check(partials.sum((0, 1)), truth.square().sum(-1).flatten(), dtype)
+    else:
         check(out, truth, dtype)
-    if partials is not None:
+    if epilogue == "statistics":
         mean, rstd = random(images, length), random(images, length)
-        linear.merge_statistics(partials, mean, rstd, N, tile, N, 1e-5)
+        linear.merge_statistics(partials, mean, rstd, N, tile, 1e-5)
         check(mean, truth.mean(-1), dtype)
         check(rstd, (truth.var(-1, correction=0) + 1e-5).rsqrt(), dtype)
 
@@ -105,7 +118,7 @@ def test_linear_bwd_weight(tiles, descriptors, dtype, norm):
 def test_merging_many_row_blocks():
     partials = random(2, 40, 401).abs()
     mean, rstd = torch.empty(401, device="cuda"), torch.empty(401, device="cuda")
-    linear.merge_statistics(partials, mean, rstd, 40 * 32, 32, 40 * 32, 0.0)
+    linear.merge_statistics(partials, mean, rstd, 40 * 32, 32, 0.0)
     means, squares = partials.double()
     check(mean, means.mean(0), torch.float32)
     total = squares.sum(0) + 32 * (means - means.mean(0)).square().sum(0)

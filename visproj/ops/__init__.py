@@ -2,12 +2,14 @@
 
 from visproj.backend import runs_triton
 from visproj.ops.cross_attention import cross_attention, cross_attention_maps
+from visproj.ops.folded_linear import folded_linear
 from visproj.ops.linear_layer_norm import linear_layer_norm
 from visproj.ops.linear_norm_linear import linear_norm_linear
 
 __all__ = [
     "cross_attention",
     "cross_attention_maps",
+    "folded_linear",
     "linear_layer_norm",
     "linear_norm_linear",
     "runs_triton",

@@ -15,4 +15,5 @@ def linear_layer_norm_ref(
     eps: float = 1e-12,
 ) -> Tensor:
     """``LayerNorm(x Wᵀ + b)``; arguments as :func:`visproj.ops.linear_layer_norm`, unchecked."""
-    return F.layer_norm(F.linear(x, weight, bias), gain.shape, gain, shift, eps)
+    # Features behind their CLS row: PyTorch would copy a frozen weight for every image instead.
+    return F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)

@@ -1,0 +1,319 @@
+"""Weights of a trained projector combined, in fp64, into those of its folded form."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from visproj.backend import runs_triton
+from visproj.folding.modules import (
+    FORMAT,
+    FoldedLinear,
+    FoldedPerceiver,
+    FoldedProjector,
+    FoldedViT,
+    weights_digest,
+)
+from visproj.positions import Grid, check_grid, resize_position_table
+from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
+from visproj.projectors.fusion import is_plain, is_plain_attention, is_untouched
+from visproj.projectors.vit import CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
+
+_CLIP_PARTS = {
+    "": CLIPEncoderLayer,
+    "self_attn": CLIPAttention,
+    "mlp": CLIPMLP,
+    "layer_norm1": nn.LayerNorm,
+    "layer_norm2": nn.LayerNorm,
+}
+
+
+def fold(
+    projector: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
+    triton: bool | None = None,
+) -> FoldedProjector:
+    """Turn a trained projector into its exact inference form.
+
+    The projector is left as it is. The result is called like it, holds the combined weights as
+    buffers, refuses gradients, and is saved with ``folded.save(path)`` and read back with
+    :func:`load_folded`.
+
+    Args:
+        projector: A :class:`LinearProjector`, :class:`ViTProjector` or
+            :class:`PerceiverProjector`.
+        dtype: Of the folded weights; the projector's own when ``None``. They are combined in fp64.
+        grid: The grid of the features that a Perceiver will see most, for which positions are kept
+            ready; its query grid when ``None``. Other grids stay possible.
+        triton: Whether to fold for the Triton kernels, which skip the zero half of a triangular
+            factor, or for PyTorch, which does not; when ``None`` for whichever runs on the
+            projector's device. Either form runs on both; the other is merely slower there. Set it
+            to fold on one machine for another.
+
+    Raises:
+        TypeError: If ``projector`` is something else, or ``grid`` is given for one without grid.
+        ValueError: If the projector or a layer of it carries an adapter, a hook or a
+            parametrisation, is quantised or sharded, or if the attention has dropout, ``bias_k``
+            or ``add_zero_attn``.
+    """
+    kind = _kind(projector)
+    if grid is not None and kind is not PerceiverProjector:
+        raise TypeError(f"{kind.__name__} has no grid to fold for")
+    if triton is None:
+        triton = _will_run_triton(projector, dtype)
+    with torch.no_grad(), torch.inference_mode(False):
+        if isinstance(projector, PerceiverProjector):
+            return _fold_perceiver(projector, dtype, grid, triton)
+        if isinstance(projector, ViTProjector):
+            return _fold_vit(projector, dtype, triton)
+        tail = _fold_linear(projector, dtype, triton)
+        tail.config["digest"] = weights_digest(projector)
+        return tail
+
+
+def _will_run_triton(projector: nn.Module, dtype: torch.dtype | None) -> bool:
+    weight = next(projector.parameters())
+    dtype = weight.dtype if dtype is None else dtype
+    return dtype != torch.float64 and runs_triton(weight.new_empty(0, dtype=dtype))
+
+
+def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
+    """Read what :meth:`FoldedProjector.save` wrote.
+
+    Raises:
+        ValueError: If the file was not written by it.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        constants = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no folded projector of format {FORMAT}")
+    config = json.loads(metadata["config"])
+    if metadata["class"] == "FoldedPerceiver":
+        return FoldedPerceiver(config, constants)
+    if metadata["class"] == "FoldedLinear":
+        return FoldedLinear(config, constants)
+    tail = {k.removeprefix("tail."): v for k, v in constants.items() if k.startswith("tail.")}
+    layer = {k.removeprefix("vis_layer."): v for k, v in constants.items() if "vis_layer." in k}
+    with torch.device("meta"):
+        vis_layer = CLIPEncoderLayer(SimpleNamespace(**config["vision"]))
+    vis_layer.load_state_dict(layer, assign=True)
+    return FoldedViT(config, vis_layer.eval(), FoldedLinear(config, tail))
+
+
+def _kind(projector: nn.Module) -> type[nn.Module]:
+    """Which of the three it is, if calling it does what that class does."""
+    for kind in (PerceiverProjector, ViTProjector, LinearProjector):
+        if isinstance(projector, kind):
+            tail = getattr(projector, "projection", projector)
+            own = type(projector).forward is kind.forward
+            if own and is_untouched(projector) and is_untouched(tail):
+                return kind
+            raise ValueError(
+                f"cannot fold {type(projector).__name__}: a hook or a forward of its own would be "
+                "lost"
+            )
+    raise TypeError(f"cannot fold a {type(projector).__name__}")
+
+
+def _fold_linear(pair: Any, dtype: torch.dtype | None, triton: bool) -> FoldedLinear:
+    linear, norm = pair
+    _check_plain({"Linear": (linear, nn.Linear), "LayerNorm": (norm, nn.LayerNorm)})
+    shift = _or_zeros(norm.bias, norm.weight)
+    floor = None
+    if triton and linear.in_features < linear.out_features:
+        centred = _centred(linear)
+        stats_weight, stats_bias, floor = _row_scale(centred, norm.eps)
+        weight, bias = _augmented(norm.weight.double()[:, None] * centred)
+        constants = {"stats_weight": stats_weight, "stats_bias": stats_bias}
+    else:
+        weight, bias = linear.weight, _or_zeros(linear.bias, linear.weight)
+        constants = {"gain": norm.weight}
+    constants |= {"weight": weight, "bias": bias, "shift": shift}
+    config = {
+        "vis_dim": linear.in_features,
+        "lang_dim": linear.out_features,
+        "eps": norm.eps,
+        "floor": floor,
+    }
+    return FoldedLinear(config, _copies(constants, dtype or linear.weight.dtype))
+
+
+def _fold_vit(projector: ViTProjector, dtype: torch.dtype | None, triton: bool) -> FoldedViT:
+    tail = _fold_linear(projector.projection, dtype, triton)
+    layer = projector.vis_layer
+    parts = layer.named_modules()
+    _check_plain({f"vis_layer.{n}": (m, _CLIP_PARTS.get(n, nn.Linear)) for n, m in parts})
+    if layer.self_attn.dropout:
+        raise ValueError("cannot fold vis_layer: its attention has dropout")
+    vision = dict(
+        zip(
+            VisionConfig.__annotations__,
+            (
+                projector.vis_dim,
+                layer.mlp.fc1.out_features,
+                layer.self_attn.num_heads,
+                layer.mlp.hidden_act,
+                layer.layer_norm1.eps,
+                layer.self_attn.dropout,
+            ),
+            strict=True,
+        )
+    )
+    config = {**tail.config, "vision": vision, "digest": weights_digest(projector)}
+    return FoldedViT(config, copy.deepcopy(layer).eval().to(tail.weight.dtype), tail)
+
+
+def _fold_perceiver(
+    projector: PerceiverProjector, dtype: torch.dtype | None, grid: Grid | None, triton: bool
+) -> FoldedPerceiver:
+    attn: Any = projector.attn
+    linears: dict[str, Any] = {"kv_proj": projector.kv_proj}
+    norms: dict[str, Any] = {"ln_q": projector.ln_q, "ln_kv": projector.ln_kv}
+    # The resampler inside Qwen-VL's encoder ends with its attention.
+    has_projection = type(projector.projection) is not nn.Identity
+    if has_projection:
+        norms["projection.0"], linears["projection.1"] = projector.projection
+    _check_plain({name: (child, nn.Linear) for name, child in linears.items()})
+    _check_plain({name: (child, nn.LayerNorm) for name, child in norms.items()})
+    _check_plain({"attn.out_proj": (attn.out_proj, NonDynamicallyQuantizableLinear)})
+    if attn.dropout or not is_plain_attention(attn, projector.embed_dim):
+        raise ValueError(
+            "cannot fold attn: it must be a plain nn.MultiheadAttention without dropout, bias_k, "
+            "add_zero_attn, adapters, hooks, quantised or sharded weights"
+        )
+    grid = projector.query_grid if grid is None else check_grid(grid)
+    constants, floor = _fold_keys_and_values(projector, grid)
+    behind, out_floor = _fold_output(attn.out_proj, projector.projection, triton)
+    config = {
+        "vis_dim": projector.vis_dim,
+        "lang_dim": projector.embed_dim,
+        "num_heads": attn.num_heads,
+        "query_grid": list(projector.query_grid),
+        "grid": list(grid),
+        "has_cls": projector.has_cls,
+        "floor": floor,
+        "out_eps": norms["projection.0"].eps if has_projection else None,
+        "out_floor": out_floor,
+        "digest": weights_digest(projector),
+    }
+    dtype = dtype or projector.kv_proj.weight.dtype
+    return FoldedPerceiver(config, _copies(constants | behind, dtype))
+
+
+def _fold_keys_and_values(
+    projector: PerceiverProjector, grid: Grid
+) -> tuple[dict[str, Tensor], float]:
+    """The constants in front of the attention, and what is added to the mean square."""
+    attn: Any = projector.attn
+    positions = projector.pos_embed.detach()
+    resized = resize_position_table(positions, projector.query_grid, grid)
+    w_q, w_k, w_v = attn.in_proj_weight.double().chunk(3)
+    b_q, _, b_v = _or_zeros(attn.in_proj_bias, attn.in_proj_weight).double().chunk(3)
+    centred = _centred(projector.kv_proj)  # [D, C + 1]
+    stats_weight, stats_bias, floor = _row_scale(centred, projector.ln_kv.eps)
+    gain = projector.ln_kv.weight.double()
+    shift = _or_zeros(projector.ln_kv.bias, gain).double()
+    kv_weight, kv_bias = _augmented(torch.cat([w_k, w_v]) @ (gain[:, None] * centred))
+    value_shift = w_v @ shift + b_v
+
+    def table(positions: Tensor) -> Tensor:
+        keys = positions.double() @ w_k.T
+        return torch.cat([keys, value_shift.expand_as(keys)], 1)
+
+    query = _layer_norm(projector.ln_q, projector.query.double()) + positions.double()
+    return {
+        "stats_weight": stats_weight,
+        "stats_bias": stats_bias,
+        "kv_weight": kv_weight,
+        "kv_bias": kv_bias,
+        "queries": F.linear(query, w_q, b_q).unflatten(-1, (attn.num_heads, -1)),
+        "position_table": table(positions),
+        "kv_table": table(resized),
+    }, floor
+
+
+def _fold_output(
+    linear: Any, projection: Any, triton: bool
+) -> tuple[dict[str, Tensor], float | None]:
+    """The constants behind the attention; with the second fold what is added to the mean square.
+
+    In PyTorch the statistics' zero half is multiplied as well, and nothing would be gained.
+    """
+    first = {"out_weight": linear.weight, "out_bias": _or_zeros(linear.bias, linear.weight)}
+    if type(projection) is nn.Identity:
+        return first, None
+    norm, final = projection
+    shift = _or_zeros(norm.bias, norm.weight)
+    bias = _or_zeros(final.bias, final.weight)
+    if not triton:
+        behind = {"gain": norm.weight, "shift": shift}
+        return first | behind | {"final_weight": final.weight, "final_bias": bias}, None
+    centred, last = _centred(linear), final.weight.double()
+    stats_weight, stats_bias, floor = _row_scale(centred, norm.eps)
+    weight, folded_bias = _augmented(last @ (norm.weight.double()[:, None] * centred))
+    return {
+        "out_stats_weight": stats_weight,
+        "out_stats_bias": stats_bias,
+        "final_weight": weight,
+        "final_bias": folded_bias,
+        "final_shift": last @ shift.double() + bias.double(),
+    }, floor
+
+
+def _row_scale(centred: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
+    """``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² / D + floor - eps``."""
+    factor = torch.linalg.qr(centred, mode="r").R  # [min(D, C + 1), C + 1]
+    floor = eps
+    if factor.shape[0] == factor.shape[1]:
+        # The last row is zero but for its corner: a constant, kept out of the product.
+        floor += factor[-1, -1].item() ** 2 / centred.shape[0]
+        factor = factor[:-1]
+    return *_augmented(factor), floor
+
+
+def _augmented(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[W | b]`` taken apart."""
+    return weight[:, :-1], weight[:, -1]
+
+
+def _centred(linear: nn.Linear) -> Tensor:
+    """``[W | b]`` minus its mean over the outputs, fp64 ``[D, C + 1]``."""
+    bias = _or_zeros(linear.bias, linear.weight)
+    augmented = torch.cat([linear.weight, bias[:, None]], 1).double()
+    return augmented - augmented.mean(0)
+
+
+def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+
+def _copies(constants: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: v.detach().to(dtype, copy=True).contiguous() for k, v in constants.items()}
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    shift = _or_zeros(norm.bias, norm.weight).double()
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.double(), shift, norm.eps)
+
+
+def _check_plain(children: dict[str, tuple[nn.Module, type[nn.Module]]]) -> None:
+    for name, (child, kind) in children.items():
+        if not is_plain(child, kind) or (kind is nn.LayerNorm and child.weight is None):
+            raise ValueError(
+                f"cannot fold {name}: it must be a plain {kind.__name__} without adapters, hooks, "
+                "parametrisations, quantised, sharded or missing weights, "
+                f"got {type(child).__name__}"
+            )
