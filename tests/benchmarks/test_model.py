@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import launches, peers
 from benchmarks.cases import DTYPES, ENCODERS, IMPLEMENTATIONS, TASKS, Shape
 from benchmarks.model import CPU_ATTENTION, MACHINES, Cost, Launch, costs, touched_bytes
-from visproj import PerceiverProjector, fold
+from visproj import PerceiverProjector, fold, use_backend
 
 B, C, D, L, Q = 3, 64, 256, 16, 256
 HEADS = 2
@@ -97,6 +97,22 @@ def test_module_and_inputs_are_left_alone():
         assert type(weight) is torch.Tensor
         assert torch.equal(weight, before[name])
     assert torch.isfinite(module(x)).all()
+
+
+def test_counting_tunes_nothing(monkeypatch):
+    """On a GPU it would time launches that are only written down, and remember the choice."""
+    from visproj.kernels import tuning
+
+    def timed(*_):
+        raise RuntimeError("a kernel was timed")
+
+    monkeypatch.setattr(tuning, "_remembered_or_timed", timed)
+    folded = fold(PerceiverProjector(32, 128).bfloat16(), triton=True)
+    x = torch.randn(1, 257, 32).bfloat16()
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match="a kernel was timed"):
+            folded(x)
+        assert len(costs(folded, [x], trains=False)["forward"].launches) == 5
 
 
 def test_roofline():
