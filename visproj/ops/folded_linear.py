@@ -52,8 +52,8 @@ def folded_linear(
         ValueError: If shapes do not fit or devices differ.
         RuntimeError: If ``"triton"`` was asked for and cannot run here.
 
-    Source: a LayerNorm's deviation through a QR factor follows from ``‖V_c x + b_c‖ = ‖R x + r‖``,
-    which holds for any matrix and its QR factor (Golub and Van Loan, "Matrix Computations", 5.2).
+    Source: a matrix and its QR factor give every vector the same norm (Golub and Van Loan, "Matrix
+    Computations", section 5.2), here ``‖V_c x + b_c‖ = ‖R x + r‖``.
     """
     operands = (x, weight, bias, stats_weight, stats_bias, shift, table)
     _check(*operands)
