@@ -26,7 +26,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "p128x128x64/8w3s p64x128x64/4w4s",
         "p128x128x64/8w3s p64x128x64/4w3s",
         "d128x256x64/8w3s d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w4s",
-        "d128x128x64/8w3s d128x128x64/8w4s p128x128x64/8w3s",
+        "d128x128x64/8w3s d128x128x64/8w4s p64x128x64/4w4s",
         "d128x128x64/8w3s p128x128x64/8w3s p64x64x64/4w4s",
     ),
     "linear_table": (
