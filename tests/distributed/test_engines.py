@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed.comparison import assert_within, distance, farthest, spread
+from distributed.comparison import assert_within, distance, spread
 from distributed.training import KINDS, STEPS, Case, alone, batch, build, fresh
 
 pytestmark = pytest.mark.distributed
@@ -70,17 +70,16 @@ ORDERS = [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1), (0, 2, 1, 3), 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16(engine, kind, run, record_property):
-    """Ours is as far from plain runs as they are from one another."""
+    """Ours is no farther from the plain run than plain runs are from one another."""
     case = Case(kind, dtype=torch.bfloat16)
     ours = run(engine, "trained", case)
     others = [run(engine, "trained", plain(case, form)) for form in ("upstream", "fair")]
     others += [alone(plain(case, form), order) for form in ("upstream", "fair") for order in ORDERS]
-    found, allowed = farthest(distance(ours, other) for other in others), spread(others)
-    record_property("plain", distance(ours, others[0]))
+    found, allowed = distance(ours, others[0]), spread(others)
+    record_property("plain", found)
     record_property("spread", allowed)
-    record_property("farthest", found)
-    # Ours is one more draw of a spread that few draws have measured, and it may be the farthest.
-    assert_within(found, [1.5 * limit for limit in allowed])
+    # The farthest of 91 pairs: that one more pair is farther is a chance of one in ninety.
+    assert_within(found, allowed)
     assert ours.calls == times(OPERATIONS[kind], STEPS), "the fused path"
 
 
