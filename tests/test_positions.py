@@ -43,6 +43,18 @@ def test_table_puts_the_width_first():
     assert not torch.equal(table[0, 0, :4], table[0, 1, :4])
 
 
+def test_table_where_new_floating_tensors_are_cast(monkeypatch):
+    """As DeepSpeed's zero.Init does to what torch.arange and its like return."""
+    wanted, arange = sincos_position_table(64, (16, 16)), torch.arange
+
+    def cast(*args, **kwargs):
+        made = arange(*args, **kwargs)
+        return made.bfloat16() if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "arange", cast)
+    assert torch.equal(sincos_position_table(64, (16, 16)), wanted)
+
+
 @pytest.mark.parametrize("dim", [0, -4, 2, 6, 66])
 def test_table_refuses_widths(dim):
     with pytest.raises(ValueError, match=f"divisible by 4, got {dim}"):

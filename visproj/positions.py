@@ -37,10 +37,11 @@ def sincos_position_table(dim: int, grid: Grid = (16, 16)) -> Tensor:
     if dim <= 0 or dim % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim}")
     rows, columns = check_grid(grid)
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
+    # From integers: DeepSpeed's zero.Init casts what a floating-point arange returns.
+    omega = 10000.0 ** (-torch.arange(dim // 4).double() * 4 / dim)
 
     def axis(length: int) -> Tensor:
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * omega
+        angles = torch.arange(length).double()[:, None] * omega
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # [length, dim / 2]
 
     by_column = axis(columns)[None].expand(rows, -1, -1)

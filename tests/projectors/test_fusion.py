@@ -230,3 +230,11 @@ def test_zero_partitioned_parameters_are_exempt_from_the_hook_rule():
     assert not is_plain(linear, nn.Linear)
     linear.weight.ds_id = 0
     assert is_plain(linear, nn.Linear)
+
+
+def test_zero_hooks_on_a_container_leave_it_plain():
+    container = nn.Sequential(nn.Linear(3, 4))
+    container.register_forward_pre_hook(lambda *_: None)
+    assert not is_plain(container, nn.Sequential)
+    container[0].weight.ds_id = 0
+    assert is_plain(container, nn.Sequential)

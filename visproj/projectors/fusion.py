@@ -37,11 +37,14 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's ``forward`` and nothing else."""
+    """Whether calling ``module`` runs its class's ``forward`` and nothing else.
+
+    ZeRO-3's hooks are nothing else: a container has them too, and is known by its children's
+    parameters.
+    """
     if "forward" in module.__dict__:
         return False
-    parameters = [p for p in module._parameters.values() if p is not None]
-    gather_themselves = any(hasattr(p, "ds_id") for p in parameters)
+    gather_themselves = any(hasattr(p, "ds_id") for p in module.parameters())
     return gather_themselves or not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
