@@ -61,7 +61,7 @@ def why_called(module: Any, kind: type[nn.Module]) -> str | None:
     return _why_touched(module)
 
 
-def _why_whole(attention: nn.MultiheadAttention) -> str | None:
+def _why_whole(attention: Any) -> str | None:
     if attention.in_proj_weight is None:
         return "its keys or values have another width than its queries"
     if attention.bias_k is not None or attention.add_zero_attn:
