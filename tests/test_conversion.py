@@ -301,9 +301,17 @@ def test_a_projector_by_itself(kind):
         visproj.convert(upstream_projector(kind))
 
 
+def optional_layer():
+    module = nn.Module()
+    module.register_module("vis_layer", None)
+    module.projection = nn.Linear(32, 64)
+    return module
+
+
 @pytest.mark.parametrize(
     "projection",
     [
+        optional_layer(),
         nn.Linear(32, 64),
         nn.Sequential(nn.Linear(32, 64), nn.ReLU()),
         nn.Sequential(nn.Conv1d(32, 64, 1), nn.LayerNorm(64)),

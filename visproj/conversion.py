@@ -142,7 +142,7 @@ def _counterpart(name: str, path: str, child: nn.Module) -> nn.Module | None:
 
 def _kind(name: str, module: nn.Module) -> str | None:
     """Which projector has children of these names."""
-    names = set(module._modules)
+    names = {name for name, child in module._modules.items() if child is not None}
     if names == _PERCEIVER:
         return "perceiver"
     if names == _VIT and set(module.get_submodule("vis_layer")._modules) == _VIS_LAYER:
