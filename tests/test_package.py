@@ -120,7 +120,7 @@ def test_transformers_imports_after_visproj(installed, where, tmp_path):
         "print(is_kernels_available(), getattr(sys.modules.get('kernels'), '__file__', None))\n"
         "import visproj.kernels.support",
         ROOT if where == "root" else tmp_path,
-        PYTHONPATH=str(packages),
+        PYTHONPATH=os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")]),
     )
     names, found = out.splitlines()
     assert names.split() == ["CLIPVisionModel", "LlamaForCausalLM", "Trainer"]
