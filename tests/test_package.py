@@ -1,12 +1,15 @@
 """What importing and installing the package does, each in a process of its own."""
 
 import importlib.metadata
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import visproj
 
@@ -22,9 +25,29 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def run(code, cwd=ROOT):
+# Hugging Face's ``kernels`` as far as transformers looks at it while it is imported.
+KERNELS = """
+import enum
+class Mode(enum.Flag):
+    FALLBACK = enum.auto()
+    INFERENCE = enum.auto()
+    TRAINING = enum.auto()
+    TORCH_COMPILE = enum.auto()
+def __getattr__(name):
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return type(name, (), {"__new__": lambda cls, *args, **options: lambda target: target})
+"""
+
+
+def run(code, cwd=ROOT, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -42,8 +65,14 @@ def test_works_without(blocked):
 
 
 def test_imports_neither_triton_nor_transformers():
-    out = run("import sys, visproj; print({'triton', 'transformers', 'typer'} & set(sys.modules))")
-    assert out.strip() == "set()"
+    """Nor anything else that few need; importing it has to stay a matter of milliseconds."""
+    out = run(
+        "import sys, visproj\n"
+        "seldom = {'triton', 'transformers', 'typer', 'safetensors', 'visproj.qwen_vl',\n"
+        "          'visproj.conversion', 'visproj.weights'}\n"
+        "print(seldom & set(sys.modules)); print(visproj.convert, visproj.save_projector)"
+    )
+    assert out.splitlines()[0] == "set()"
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
@@ -60,16 +89,43 @@ def test_kernels_is_ours_only_below_visproj(where, tmp_path):
     assert out.split() == ["True", "visproj.kernels.support"]
 
 
+def install_kernels(folder):
+    """A stand-in for Hugging Face's distribution, of the version that transformers asks for."""
+    version = getattr(transformers.utils.import_utils, "KERNELS_MIN_VERSION", "0.10.0")
+    metadata = folder / f"kernels-{version}.dist-info" / "METADATA"
+    package = folder / "kernels" / "__init__.py"
+    for file, text in {
+        metadata: f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n",
+        package: KERNELS,
+    }.items():
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+
+
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
-def test_transformers_models_import_after_visproj(where, tmp_path):
-    cwd = ROOT if where == "root" else tmp_path
+@pytest.mark.parametrize("installed", [False, True], ids=["without kernels", "with kernels"])
+def test_transformers_imports_after_visproj(installed, where, tmp_path):
+    """With Hugging Face's distribution ``kernels`` and without it, our folder being in the way."""
+    spec = importlib.util.find_spec("kernels")  # our own folder, of which no file is the origin
+    if not installed and spec is not None and spec.origin is not None:
+        pytest.skip(f"kernels is installed here: {spec.origin}")
+    packages = tmp_path / "packages"
+    if installed:
+        install_kernels(packages)
     out = run(
-        "import visproj\n"
+        "import sys, visproj\n"
         "from transformers import CLIPVisionModel, LlamaForCausalLM, Trainer\n"
-        "print(CLIPVisionModel.__name__, LlamaForCausalLM.__name__, Trainer.__name__)",
-        cwd,
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "print(CLIPVisionModel.__name__, LlamaForCausalLM.__name__, Trainer.__name__)\n"
+        "print(is_kernels_available(), getattr(sys.modules.get('kernels'), '__file__', None))\n"
+        "import visproj.kernels.support",
+        ROOT if where == "root" else tmp_path,
+        PYTHONPATH=os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")]),
     )
-    assert out.split() == ["CLIPVisionModel", "LlamaForCausalLM", "Trainer"]
+    names, found = out.splitlines()
+    assert names.split() == ["CLIPVisionModel", "LlamaForCausalLM", "Trainer"]
+    file = packages / "kernels" / "__init__.py"
+    assert found == (f"True {file}" if installed else "False None")
 
 
 def test_an_uninstalled_clone_works(tmp_path):

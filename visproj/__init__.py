@@ -1,5 +1,6 @@
 """Vision-to-language projectors: drop-in modules, plain PyTorch and fused kernels."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from visproj.projectors import (  # noqa: E402
 from visproj.vlm.compose import VisualSequence, insert_visual_tokens  # noqa: E402
 
 if TYPE_CHECKING:
+    from visproj.conversion import convert, revert
     from visproj.qwen_vl import extract_vision_encoder
+    from visproj.weights import load_visualchat_projector, save_projector
 
 __version__ = "0.1.0"
 
@@ -34,20 +37,32 @@ __all__ = [
     "VisProjection_vit",
     "VisualSequence",
     "build_projector",
+    "convert",
     "extract_vision_encoder",
     "fold",
     "graphed",
     "insert_visual_tokens",
     "load_folded",
+    "load_visualchat_projector",
+    "revert",
+    "save_projector",
     "use_backend",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "extract_vision_encoder":
-        from visproj.qwen_vl import extract_vision_encoder
+# What is seldom needed, and where it is imported from when it is.
+_LAZY = {
+    "convert": "visproj.conversion",
+    "extract_vision_encoder": "visproj.qwen_vl",
+    "load_visualchat_projector": "visproj.weights",
+    "revert": "visproj.conversion",
+    "save_projector": "visproj.weights",
+}
 
-        return extract_vision_encoder
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(_import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,7 +20,8 @@ _current: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation of every operation called inside, in all threads.
 
-    A backward runs what its forward ran, wherever it is called.
+    A backward runs what its forward ran, wherever it is called. Gradient checkpointing runs the
+    forward again in the backward: call that inside as well, or set ``VISPROJ_BACKEND``.
 
     Args:
         name: ``"auto"``: Triton kernels for tensors on an NVIDIA GPU of compute capability 8.0 or
@@ -62,6 +63,7 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
     name = _choose(backend)
     if name == "torch":
         return False
+    unsupported = unsupported or _transform()
     if name == "auto":
         return (
             x.device.type == "cuda"
@@ -81,6 +83,16 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
     if unsupported is not None:
         raise ValueError(f"the Triton backend does not take this: {unsupported}")
     return True
+
+
+def _transform() -> str | None:
+    """The functorch transform that is being run, for which PyTorch's custom operations have none.
+
+    While compiling, the compiler is asked to trace the operation and says so itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    return "custom operations know no transforms of torch.func (grad, vmap, jvp)"
 
 
 def _choose(backend: str | None) -> str:

@@ -1,12 +1,15 @@
 """Where calling a child does more than its parameters say, the child is called."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.utils.prune
-from helpers import features, make, rms_error
+from helpers import children_called, features, make, rms_error, small
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from visproj import use_backend
 from visproj.projectors.fusion import is_plain, is_plain_attention
 
 
@@ -52,13 +55,50 @@ def prune(parent, name):
     nn.utils.prune.random_unstructured(getattr(parent, name), "weight", 0.5)
 
 
+def weight_norm(parent, name):
+    child = getattr(parent, name)
+    nn.utils.parametrizations.weight_norm(child)
+    with torch.no_grad():
+        child.parametrizations.weight.original0.mul_(2)
+
+
+def old_weight_norm(parent, name):
+    child = getattr(parent, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(child)
+    with torch.no_grad():
+        child.weight_g.mul_(2)
+
+
+class Int8Linear(nn.Linear):
+    """As bitsandbytes does it: a Linear whose weight is of int8, with scales beside it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 7  # 4 bits, to be seen
+        self.register_buffer("scale", scale)
+        integers = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def quantise(parent, name):
+    setattr(parent, name, Int8Linear(getattr(parent, name)))
+
+
 def replace_forward(parent, name):
     child = getattr(parent, name)
     forward = child.forward
     child.forward = lambda x: forward(x).sin()
 
 
-CHANGES = [adapt, hook, pre_hook, parametrize, prune, replace_forward]
+FOR_LINEARS = [adapt, quantise, weight_norm, old_weight_norm]
+FOR_WEIGHTS = [parametrize, prune, *FOR_LINEARS]
+CHANGES = [hook, pre_hook, replace_forward, *FOR_WEIGHTS]
 CHILDREN = [
     ("baseline", "0"),
     ("baseline", "1"),
@@ -81,50 +121,62 @@ NOT_LINEAR = {
 }
 
 
-def by_hand(projector, x):
-    """Upstream's forward, every child called."""
-    children = dict(projector.named_children())
-    if "kv_proj" not in children:
-        for child in children.values():
-            x = child(x)
-        return x
-    y = projector.ln_kv(projector.kv_proj(x[:, 1:])).transpose(0, 1)
-    pos = projector.pos_embed[:, None]
-    q = projector.ln_q(projector.query)[:, None].repeat(1, y.shape[1], 1) + pos
-    q, k, v = (
-        nn.functional.linear(t, w, b).unflatten(-1, (projector.num_heads, -1)).permute(1, 2, 0, 3)
-        for t, w, b in zip(
-            (q, y + pos, y),
-            projector.attn.in_proj_weight.chunk(3),
-            projector.attn.in_proj_bias.chunk(3),
-            strict=True,
-        )
-    )
-    out = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return projector.projection(projector.attn.out_proj(out))
+CASES = [
+    pytest.param(kind, child, change, id=f"{kind}-{child}-{change.__name__}")
+    for kind, child in CHILDREN
+    for change in CHANGES
+    if (change not in FOR_LINEARS or (kind, child) not in NOT_LINEAR)
+    and (change not in FOR_WEIGHTS or child != "projection")
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "child", "change"),
-    [
-        pytest.param(kind, child, change, id=f"{kind}-{child}-{change.__name__}")
-        for kind, child in CHILDREN
-        for change in CHANGES
-        # adapters, parametrisations and pruning are for Linears, some of them for norms
-        if (change is not adapt or (kind, child) not in NOT_LINEAR)
-        and (change in (hook, pre_hook, replace_forward) or child != "projection")
-    ],
-)
-def test_a_changed_child_is_called(kind, child, change):
-    projector = make(kind, query_grid=(4, 4)) if kind == "perceiver" else make(kind)
-    x = features(2, 17)
-    before = projector(x)
+def changed(kind, child, change, dtype=torch.float64, device="cpu"):
+    """A small projector with one of its children changed."""
+    projector = small(kind, dtype, device)
     parent, _, name = child.rpartition(".")
     change(projector.get_submodule(parent), name)
-    projector.double()
+    return projector.to(dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(("kind", "child", "change"), CASES)
+def test_a_changed_child_is_called(kind, child, change):
+    projector = changed(kind, child, change)
+    x = features(2, 17)
     got = projector(x)
-    torch.testing.assert_close(got, by_hand(projector, x), rtol=1e-11, atol=1e-11)
-    assert not torch.allclose(got, before), "the change must be visible"
+    torch.testing.assert_close(got, children_called(projector, x), rtol=1e-11, atol=1e-11)
+    torch.manual_seed(0)
+    assert not torch.allclose(got, small(kind)(x)), "the change must be visible"
+
+
+@pytest.mark.parametrize(("kind", "child", "change"), CASES)
+def test_a_changed_child_is_called_among_kernels(kind, child, change, device):
+    projector = changed(kind, child, change, torch.float32, device)
+    x = features(2, 17, dtype=torch.float32, device=device)
+    wanted = children_called(projector, x)
+    with use_backend("triton"):
+        # Two chains of a dozen fp32 products; another weight would show as 1e-2 and more.
+        assert rms_error(projector(x), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("hooks", ["full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize(("kind", "child"), [case for case in CHILDREN if case[1] != "ln_q"])
+def test_backward_hooks_run(kind, child, hooks, backend, device):
+    """Gradients that a hook has doubled reach the features."""
+    projector = small(kind, torch.float32, device)
+    x = features(2, 17, dtype=torch.float32, device=device).requires_grad_()
+
+    def double(module, *grads):
+        return tuple(2 * grad for grad in grads[0])
+
+    getattr(projector.get_submodule(child), f"register_{hooks}")(double)
+    with use_backend(backend):
+        out = projector(x)
+    upstream = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, x, upstream)
+    (wanted,) = torch.autograd.grad(children_called(projector, x), x, upstream)
+    # Gradients of a softmax cancel in part, so that fp32's 1e-6 may grow tenfold.
+    assert rms_error(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
@@ -238,3 +290,14 @@ def test_zero_hooks_on_a_container_leave_it_plain():
     assert not is_plain(container, nn.Sequential)
     container[0].weight.ds_id = 0
     assert is_plain(container, nn.Sequential)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["baseline", "vit", "perceiver"])
+def test_pytorchs_own_int8(kind):
+    projector = small(kind, torch.float32).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(projector, {nn.Linear}, dtype=torch.qint8)
+    x = features(2, 17, dtype=torch.float32)
+    # The same fp32 chain behind 8-bit products, attention by another formula.
+    assert rms_error(quantised(x), children_called(quantised, x)) < 1e-6
+    assert rms_error(quantised(x), projector(x)) > 1e-3, "8 bits must be visible"

@@ -311,7 +311,7 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def _check_plain(children: dict[str, tuple[nn.Module, type[nn.Module]]]) -> None:
     for name, (child, kind) in children.items():
-        if not is_plain(child, kind) or (kind is nn.LayerNorm and child.weight is None):
+        if not is_plain(child, kind):
             raise ValueError(
                 f"cannot fold {name}: it must be a plain {kind.__name__} without adapters, hooks, "
                 "parametrisations, quantised, sharded or missing weights, "

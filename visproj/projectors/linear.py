@@ -7,7 +7,9 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from visproj.projectors.config import check_features, check_width, vision_width
-from visproj.projectors.fusion import linear_layer_norm
+from visproj.projectors.fusion import linear_layer_norm, log_called
+
+_READS = {"0": nn.Linear, "1": nn.LayerNorm}
 
 
 class LinearProjector(nn.Sequential):
@@ -41,6 +43,7 @@ class LinearProjector(nn.Sequential):
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
+        log_called(self, _READS)
         if len(self) != 2:
             return super().forward(x)
         return linear_layer_norm(x, self[0], self[1])

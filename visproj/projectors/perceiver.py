@@ -20,8 +20,19 @@ from visproj.projectors.fusion import (
     is_plain_norm,
     linear_layer_norm,
     linear_norm_linear,
+    log_called,
 )
 from visproj.reference.cross_attention import cast_mask
+
+_READS = {
+    "kv_proj": nn.Linear,
+    "ln_kv": nn.LayerNorm,
+    "attn": nn.MultiheadAttention,
+    "attn.out_proj": NonDynamicallyQuantizableLinear,
+    "projection": nn.Sequential,
+    "projection.0": nn.LayerNorm,
+    "projection.1": nn.Linear,
+}
 
 
 class PerceiverProjector(PositionedModule):
@@ -115,6 +126,7 @@ class PerceiverProjector(PositionedModule):
                 device does not fit.
         """
         check_features(x, self.vis_dim)
+        log_called(self, _READS)
         features, key_padding_mask = flatten_batch(x, key_padding_mask, self.has_cls)
         grid = grid_of(features.shape[1], grid)
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from visproj.ops.checks import check_alike
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
-from visproj.projectors.fusion import is_plain, linear_layer_norm
+from visproj.projectors.fusion import is_plain, linear_layer_norm, log_called
+
+_READS = {"projection": nn.Sequential, "projection.0": nn.Linear, "projection.1": nn.LayerNorm}
 
 
 class VisionConfig(Protocol):
@@ -152,6 +154,7 @@ class ViTProjector(nn.Module):
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
+        log_called(self, _READS)
         if isinstance(self.vis_layer, CLIPEncoderLayer):
             first = self.vis_layer.layer_norm1
             if is_plain(first, nn.LayerNorm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,25 +143,40 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """
     files = _files(source, revision)
     block = _visual_block(files)
-    shards, total_bytes, first_keys = _find_shards(files)
+    tensors, total_bytes, first_keys = find_tensors(files, lambda key: "visual" in key)
+    if not tensors:
+        raise ValueError(
+            f"{files.name} has no keys that contain 'visual', so it is no Qwen-VL checkpoint; the "
+            f"first keys are {a_few(first_keys)}"
+        )
+    return _check(files.name, tensors, block, total_bytes)
+
+
+def find_tensors(
+    files: Files, wanted: Callable[[str], bool]
+) -> tuple[dict[str, TensorFile], int | None, list[str]]:
+    """The file that every wanted key is in, all bytes if known, and a few keys of any kind.
+
+    Shards that an index says hold nothing wanted are not opened.
+
+    Raises:
+        FileNotFoundError: If there are no weights, or a shard is missing.
+        ValueError: If a file is damaged, or two files or file and index contradict each other.
+    """
+    shards, total_bytes, first_keys = _find_shards(files, wanted)
     tensors: dict[str, TensorFile] = {}
     for filename, keys in shards.items():
         file = TensorFile(_shard(files, filename))
         if keys is None:
             first_keys.extend(sorted(file.keys)[:5])
-            keys = [key for key in sorted(file.keys) if "visual" in key]
+            keys = [key for key in sorted(file.keys) if wanted(key)]
         for key in keys:
             if key not in file.keys:
                 raise ValueError(f"the index says that {file.path} holds {key}, which it does not")
             if key in tensors:
                 raise ValueError(f"{key} is in both {tensors[key].path} and {file.path}")
             tensors[key] = file
-    if not tensors:
-        raise ValueError(
-            f"{files.name} has no keys that contain 'visual', so it is no Qwen-VL checkpoint; the "
-            f"first keys are {a_few(first_keys[:5])}"
-        )
-    return _check(files.name, tensors, block, total_bytes)
+    return tensors, total_bytes, first_keys[:5]
 
 
 def _files(source: str | Path, revision: str | None) -> Files:
@@ -199,14 +214,16 @@ def _visual_block(files: Files) -> dict[str, Any] | None:
     return block
 
 
-def _find_shards(files: Files) -> tuple[dict[str, list[str] | None], int | None, list[str]]:
+def _find_shards(
+    files: Files, wanted: Callable[[str], bool]
+) -> tuple[dict[str, list[str] | None], int | None, list[str]]:
     """Shards to open with the keys wanted of each (None: to be seen), all bytes, first keys."""
     for single, pattern in ((SAFETENSORS_NAME, "*.safetensors"), (BIN_NAME, "pytorch_model*.bin")):
         index_name = f"{single}.index.json"
         index_path = files.fetch(index_name)
         if index_path is not None:
             try:
-                return _read_index(files, index_path)
+                return _read_index(files, index_path, wanted)
             except ValueError as error:
                 raise ValueError(f"{files.name}: {error}") from error
         path = files.fetch(single)
@@ -221,7 +238,7 @@ def _find_shards(files: Files) -> tuple[dict[str, list[str] | None], int | None,
 
 
 def _read_index(
-    files: Files, path: Path
+    files: Files, path: Path, wanted: Callable[[str], bool]
 ) -> tuple[dict[str, list[str] | None], int | None, list[str]]:
     index = read_json_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
@@ -232,7 +249,7 @@ def _read_index(
         plain = isinstance(filename, str) and Path(filename).name == filename
         if not plain or not filename.endswith((".safetensors", ".bin")):
             raise ValueError(f"{path.name} maps {key} to {filename!r}, which is no shard's name")
-        if "visual" in key:
+        if wanted(key):
             keys = shards.setdefault(filename, [])
             assert keys is not None
             keys.append(key)
