@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from visproj import save_projector
+
 
 def shard(model, case, apart=False):
     """Shard the projector and the model around it, and with ``apart`` the projector's children."""
@@ -96,3 +98,8 @@ def loaded(case, state):
     with torch.no_grad():
         loss = mean(model(*batch(case, 0, dist.get_rank())))
     return loss, gathered(model)
+
+
+def saved(case, path):
+    """The projector alone, written from its pieces."""
+    save_projector(shard(build(case), case).projector, path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed.comparison import assert_within, distance, spread
 from distributed.training import KINDS, STEPS, Case, alone, batch, build, fresh
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 
@@ -116,6 +117,18 @@ def test_plain_state_dict(engine, kind, run):
     with torch.no_grad():
         wanted = build(plain(case), taken_out)(*batch(case, 0)).item()
     assert loss == pytest.approx(wanted, rel=1e-5)  # sums in another order, as in FP32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_save_projector(engine, kind, run, tmp_path):
+    """Whole and to the bit, by the keys of the projector alone."""
+    case = Case(kind)
+    run(engine, "saved", case, tmp_path / "projector.safetensors")
+    found = load_file(tmp_path / "projector.safetensors")
+    wanted = build(case).projector.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

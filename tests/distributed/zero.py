@@ -22,6 +22,8 @@ from distributed.training import (
     trainable,
 )
 
+from visproj import save_projector
+
 
 def settings(case, stage):
     """PyTorch's Adam, gradients not clipped, and every parameter partitioned however small."""
@@ -111,3 +113,10 @@ def loaded(case, state, stage):
     taken_out = gathered(engine.module)
     engine.destroy()
     return loss, taken_out
+
+
+def saved(case, path, stage):
+    """The projector alone, written from its pieces."""
+    engine = engine_of(build(case), case, stage)
+    save_projector(engine.module.projector, path)
+    engine.destroy()
