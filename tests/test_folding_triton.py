@@ -121,11 +121,13 @@ def test_attention_maps(device):
 def test_autocast(kind, dtype, device):
     projector = build(kind, torch.float32, device)
     x = features(2, 17, dtype=torch.float32, device=device)
-    truth, errors = projector_ref(projector, x), {}
+    truth, errors, dtypes = projector_ref(projector, x), {}, set()
     for backend in ("torch", "triton"):
         with use_backend(backend), torch.autocast(device.type, dtype), torch.no_grad():
             out = (projector if backend == "torch" else fold(projector))(x)
         errors[backend] = rms_error(out, truth)
+        dtypes.add(out.dtype)
+    assert len(dtypes) == 1
     assert errors["triton"] < 2 * errors["torch"] + torch.finfo(dtype).eps
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visproj import ops
+from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
 from visproj.positions import Grid, PositionedModule, grid_of
 from visproj.projectors.config import check_features
@@ -94,7 +95,7 @@ class FoldedLinear(FoldedProjector):
         if self.config["floor"] is None:
             eps = self.config["eps"]
             return ops.linear_layer_norm(x, self.weight, self.bias, self.gain, self.shift, eps)
-        return ops.folded_linear(
+        out = ops.folded_linear(
             x,
             self.weight,
             self.bias,
@@ -104,6 +105,7 @@ class FoldedLinear(FoldedProjector):
             width=self.config["lang_dim"],
             eps=self.config["floor"],
         )
+        return out.to(norm_autocast_dtype(x))  # a LayerNorm gives fp32 under CUDA's autocast
 
 
 class FoldedViT(FoldedProjector):
