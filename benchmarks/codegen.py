@@ -175,7 +175,7 @@ def call(kernel: str, dtype: torch.dtype, width: int = 128) -> None:
     mask = _empty(B, 1, Q, L, dtype=dtype) if "masked" in kernel else None
     out, stats = _empty(B, Q, H, width, dtype=dtype), _empty(B, H, Q, dtype=torch.float32)
     table, squares = _empty(L, 2 * D, dtype=dtype), _empty(32, B * L, dtype=torch.float32)
-    folded = {"bias": table[0], "squares": squares, "divisor": D, "eps": 1e-12}
+    folded = {"bias": table[0], "squares": squares, "eps": 1e-12}
     backward = (q, k, v, mask, out, stats, None if mask is None else stats, stats)
     launches: dict[str, Callable[[], object]] = {
         "linear": lambda: linear.linear_fwd(x, weight[:D, :C].contiguous(), statistics=True),

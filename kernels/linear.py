@@ -50,7 +50,6 @@ def _linear_fwd_kernel(
     means_ptr,  # [tiles_n, M]: of each tile's part of a row
     squares_ptr,  # [tiles_n, M]: sums of squared deviations from it, without means_ptr from zero
     parts,
-    divisor,
     eps,
     M,
     images,
@@ -73,7 +72,7 @@ def _linear_fwd_kernel(
 ):
     """rstd * (x @ weight.T + bias - mean * weight_sum) * gain + shift + table, one tile of it.
 
-    With parts, rstd = 1 / sqrt(sum of squares / divisor + eps).
+    With parts, rstd = 1 / sqrt(sum of squares + eps).
 
     Grid: (row tiles of every image * column tiles). A tile never crosses an image.
     """
@@ -130,7 +129,7 @@ def _linear_fwd_kernel(
             for _ in range(parts):
                 square += tl.load(square_ptrs, mask=in_rows, other=0.0)
                 square_ptrs += M
-            rstd = 1.0 / tl.sqrt(square / divisor + eps)
+            rstd = 1.0 / tl.sqrt(square + eps)
         acc *= rstd[:, None]
     if gain_ptr is not None:
         acc *= _column_vector(gain_ptr, cols, N)
@@ -207,7 +206,6 @@ def linear_fwd(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
     squares: Tensor | None = None,
-    divisor: int = 1,
     eps: float = 0.0,
     weight_sum: Tensor | None = None,
     gain: Tensor | None = None,
@@ -226,8 +224,7 @@ def linear_fwd(
         mean: fp32 ``[B, L]``, together with ``weight_sum``.
         rstd: fp32 ``[B, L]``.
         squares: fp32 ``[parts, B * L]``, of a row the sums of squares that ``rstd`` follows from:
-            ``1 / sqrt(sum / divisor + eps)``.
-        divisor: Beside ``squares``.
+            ``1 / sqrt(sum + eps)``.
         eps: Beside ``squares``.
         weight_sum: fp32 ``[N]``.
         gain: ``[N]``.
@@ -271,7 +268,6 @@ def linear_fwd(
             table,
             *_parts(workspace[0]),
             None if squares is None else squares.shape[0],
-            divisor,
             eps,
             images * length,
             images,
@@ -339,10 +335,9 @@ def folded_linear_fwd(
     stats_bias: Tensor,
     shift: Tensor | None,
     table: Tensor | None,
-    width: int,
     eps: float,
 ) -> Tensor:
-    """``rstd * (x Wᵀ + bias) + shift + table``, ``rstd = (‖x Rᵀ + r‖² / width + eps)^(-1/2)``.
+    """``rstd * (x Wᵀ + bias) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``.
 
     Two launches: the first skips the zero tiles of ``R`` and stores only its rows' squares.
 
@@ -354,8 +349,7 @@ def folded_linear_fwd(
         stats_bias: ``r``.
         shift: ``[N]`` or ``None``.
         table: ``[L, columns]`` or ``None``.
-        width: How many numbers have these squares.
-        eps: Added to their mean.
+        eps: Added to the square.
 
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
@@ -366,7 +360,6 @@ def folded_linear_fwd(
         weight,
         bias=bias,
         squares=partials[0],
-        divisor=width,
         eps=eps,
         shift=shift,
         table=table,

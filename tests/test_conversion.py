@@ -169,7 +169,7 @@ def test_anywhere_in_a_model():
         }
     )
     other = model["other"]
-    replaced = ["one.1", "two.0", "three", "projection"]
+    replaced = ["three", "projection", "one.1", "two.0"]
     assert visproj.convert(model) == replaced
     assert model["two"][0] is model["three"]
     assert model["other"] is other, "Linear and LayerNorm under another name are anybody's"
@@ -257,6 +257,10 @@ def new_activation(projector):
     projector.vis_layer.mlp.activation_fn = nn.Tanh()
 
 
+def checkpointing(projector):
+    projector.vis_layer.gradient_checkpointing = True
+
+
 REFUSED = {
     lora: ("perceiver", r"projection is built like .* perceiver projector, but its kv_proj is a "
            r"peft\.tuners\.lora\.layer\.Linear, not a plain Linear; convert before adapters"),
@@ -272,6 +276,7 @@ REFUSED = {
     hook_inside: ("vit", r"^projection\.vis_layer\.mlp has backward_hooks, which would be lost"),
     new_forward: ("perceiver", r"^projection has a replaced forward, which would be lost"),
     new_activation: ("vit", r"its activation is none of quick_gelu, gelu"),
+    checkpointing: ("vit", r"its vis_layer has gradient checkpointing on"),
 }  # fmt: skip
 
 
@@ -285,6 +290,19 @@ def test_refused(spoil):
     with pytest.raises(ValueError, match=message.replace("^", r"^1\.")):
         visproj.convert(pair)
     assert list(pair.modules()) == before, "nothing may be replaced where not all can be"
+
+
+@pytest.mark.parametrize("names", [("connector", "projection"), ("projection", "connector")])
+def test_a_baseline_under_two_names(names):
+    """One of them says what it is."""
+    model = nn.Module()
+    pair = upstream_projector("baseline")
+    for name in names:
+        setattr(model, name, pair)
+    assert set(visproj.convert(model)) == set(names)
+    assert model.connector is model.projection is not pair
+    assert set(visproj.revert(model)) == set(names)
+    assert model.connector is model.projection is pair
 
 
 def test_hooks_put_on_after_converting_are_not_lost_in_silence():

@@ -78,35 +78,39 @@ def revert(model: nn.Module) -> list[str]:
 
 def _replace(model: nn.Module, change: Change, nothing: str) -> list[str]:
     """Exchange every child that ``change`` has a module for; all of them are made first."""
-    plan: list[tuple[nn.Module, str, str, nn.Module]] = []
-    _plan(model, change, "", {}, plan)
-    if not plan:
+    made: dict[nn.Module, nn.Module] = {}
+    _make(model, change, "", made, set())
+    if not made:
         raise ValueError(f"{type(model).__name__} {nothing}")
-    plan = [step for step in plan if getattr(step[0], step[1]) is not step[3]]
+    plan = [
+        (parent, name, f"{prefix}.{name}".removeprefix("."), made[child])
+        for prefix, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if child in made and made[child] is not child
+    ]
     for parent, name, _, module in plan:
         setattr(parent, name, module)
     return [path for _, _, path, _ in plan]
 
 
-def _plan(
+def _make(
     parent: nn.Module,
     change: Change,
     prefix: str,
-    made: dict[nn.Module, nn.Module | None],
-    plan: list[tuple[nn.Module, str, str, nn.Module]],
+    made: dict[nn.Module, nn.Module],
+    seen: set[nn.Module],
 ) -> None:
-    """Collect (parent, name, path, new module); a module that is in two places is made once."""
+    """What every module below is to become, once for one that is in two places."""
     for name, child in parent._modules.items():
-        if child is None:
+        if child is None or child in made:
             continue
         path = f"{prefix}{name}"
-        if child not in made:
-            made[child] = change(name, path, child)
-            if made[child] is None:
-                _plan(child, change, f"{path}.", made, plan)
-        new = made[child]
+        new = change(name, path, child)  # also where it has been seen: its name counts
         if new is not None:
-            plan.append((parent, name, path, new))
+            made[child] = new
+        elif child not in seen:
+            seen.add(child)
+            _make(child, change, f"{path}.", made, seen)
 
 
 def _original(name: str, path: str, child: nn.Module) -> nn.Module | None:
@@ -200,6 +204,8 @@ def _baseline(module: Any) -> nn.Module:
 
 
 def _vit(module: Any) -> nn.Module:
+    if getattr(module.vis_layer, "gradient_checkpointing", False):
+        raise ValueError("its vis_layer has gradient checkpointing on, which ours does not know")
     attention, mlp = module.vis_layer.self_attn, module.vis_layer.mlp
     linear = module.projection[0]
     config = _clip_config(

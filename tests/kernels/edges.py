@@ -33,7 +33,7 @@ def row_kernels(B, L, K, N):
     yield lambda: linear.linear_fwd(x, weight, **norm, weight_sum=sums, table=empty(L, N))
     yield lambda: linear.linear_fwd(x, weight, table=empty(L, 1))
     yield lambda: linear.linear_fwd(x, weight, bias=empty(N), store=False, triangular=True)
-    yield lambda: linear.linear_fwd(x, weight, squares=partials[0], divisor=N, eps=1e-5)
+    yield lambda: linear.linear_fwd(x, weight, squares=partials[0], eps=1e-5)
     yield lambda: linear_bwd_weight(empty(B, L, N), x, bias=True, **norm, gain=empty(K))
     yield lambda: linear.merge_statistics(partials, mean, mean, N, 64, 1e-5)
     yield lambda: layer_norm.layer_norm_fwd(

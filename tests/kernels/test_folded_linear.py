@@ -22,21 +22,20 @@ def operands(B, L, C, N, dtype, device, rank=None, columns=16):
     return tensors
 
 
-def oracle(x, weight, bias, stats_weight, stats_bias, shift, table, width, eps):
+def oracle(x, weight, bias, stats_weight, stats_bias, shift, table, eps):
     squares = (x @ stats_weight.T + stats_bias).square().sum(-1, keepdim=True)
-    out = (x @ weight.T + bias) / (squares / width + eps).sqrt()
+    out = (x @ weight.T + bias) / (squares + eps).sqrt()
     out = out if shift is None else out + shift
     return out if table is None else out + torch.nn.functional.pad(table, (0, out.shape[-1] - 16))
 
 
-def check(tensors, width=50, eps=1e-5):
+def check(tensors, eps=1e-5):
     exact = [None if t is None else t.double() for t in tensors]
     before = [None if t is None else t.clone() for t in tensors]
     found = [
-        ops.folded_linear(*tensors, width=width, eps=eps, backend=backend)
-        for backend in ("triton", "torch")
+        ops.folded_linear(*tensors, eps=eps, backend=backend) for backend in ("triton", "torch")
     ]
-    check_error(*found, oracle(*exact, width, eps), factor=2)
+    check_error(*found, oracle(*exact, eps), factor=2)
     assert all(t is None or torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     return found[0]
 
@@ -133,8 +132,8 @@ def test_bad_input(name, backend, device):
     index = NAMES.index(name)
     tensors[index] = change(tensors[index])
     with pytest.raises(ValueError, match=message):
-        ops.folded_linear(*tensors, width=50, eps=1e-5, backend=backend)
+        ops.folded_linear(*tensors, eps=1e-5, backend=backend)
     tensors = operands(2, 37, 40, 72, torch.float32, device)
     tensors[2] = tensors[2].half()
     with pytest.raises(TypeError, match="bias and x must have one dtype"):
-        ops.folded_linear(*tensors, width=50, eps=1e-5, backend=backend)
+        ops.folded_linear(*tensors, eps=1e-5, backend=backend)

@@ -335,13 +335,13 @@ def test_a_mask_that_requires_grad_goes_to_pytorch(device, monkeypatch):
 def test_opcheck_of_the_folded_linear(lead, dtype, triton, device):
     x, *others = folded_inputs(dtype=dtype, device=device)
     x = x[0].expand(*lead, -1, -1)
-    torch.library.opcheck(folded_linear._forward, (x, *others, D, 1e-5, triton))
+    torch.library.opcheck(folded_linear._forward, (x, *others, 1e-5, triton))
     without = (*others[:4], None, None)
-    torch.library.opcheck(folded_linear._forward, (x, *without, D, 1e-5, triton))
+    torch.library.opcheck(folded_linear._forward, (x, *without, 1e-5, triton))
 
 
 def test_the_folded_linear_has_no_gradient(device):
     x, *others = folded_inputs(device=device)
-    out = ops.folded_linear(x.requires_grad_(), *others, width=D, eps=1e-5, backend="triton")
+    out = ops.folded_linear(x.requires_grad_(), *others, eps=1e-5, backend="triton")
     with pytest.raises(RuntimeError, match="folded_linear has no gradient"):
         out.sum().backward()

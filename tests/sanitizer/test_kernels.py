@@ -74,8 +74,8 @@ def test_linear(tiles, descriptors, dtype, images, epilogue):
     elif epilogue == "folded":
         squares, bias = random(3, images * length).square(), random(N, dtype=dtype)
         table = random(length, columns, dtype=dtype)
-        options = {"squares": squares, "divisor": 7, "eps": 0.5, "bias": bias, "table": table}
-        rstd = (squares.double().sum(0) / 7 + 0.5).rsqrt().view(images, length, 1)
+        options = {"squares": squares, "eps": 0.5, "bias": bias, "table": table}
+        rstd = (squares.double().sum(0) + 0.5).rsqrt().view(images, length, 1)
         truth = rstd * (truth + bias.double())
         truth[..., :columns] += table.double()
     elif epilogue == "statistics":

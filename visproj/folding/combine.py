@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +65,9 @@ def fold(
         TypeError: If ``projector`` is something else, or ``grid`` is given for one without grid.
         ValueError: If the projector or a layer of it carries an adapter, a hook or a
             parametrisation, is quantised or sharded, or if the attention has dropout, ``bias_k``
-            or ``add_zero_attn``.
+            or ``add_zero_attn``. Under ZeRO-3 gather its parameters around the call.
     """
+    _check_whole(projector)
     kind = _kind(projector)
     if grid is not None and kind is not PerceiverProjector:
         raise TypeError(f"{kind.__name__} has no grid to fold for")
@@ -111,6 +113,16 @@ def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> Fold
         vis_layer = CLIPEncoderLayer(SimpleNamespace(**config["vision"]))
     vis_layer.load_state_dict(layer, assign=True)
     return FoldedViT(config, vis_layer.eval(), FoldedLinear(config, tail))
+
+
+def _check_whole(projector: nn.Module) -> None:
+    """Raise where ZeRO-3 keeps a parameter in pieces."""
+    for name, parameter in projector.named_parameters():
+        if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
+            raise ValueError(
+                f"cannot fold {type(projector).__name__}: ZeRO-3 keeps its {name} in pieces; fold "
+                "inside deepspeed.zero.GatheredParameters"
+            )
 
 
 def _kind(projector: nn.Module) -> type[nn.Module]:
@@ -274,12 +286,15 @@ def _fold_output(
 
 
 def _row_scale(centred: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
-    """``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² / D + floor - eps``."""
-    factor = torch.linalg.qr(centred, mode="r").R  # [min(D, C + 1), C + 1]
+    """``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² + floor - eps``.
+
+    The squares are those of a mean, not of a sum, so that fp16 holds what it holds unfolded.
+    """
+    factor = torch.linalg.qr(centred, mode="r").R / math.sqrt(centred.shape[0])
     floor = eps
-    if factor.shape[0] == factor.shape[1]:
+    if factor.shape[0] == factor.shape[1]:  # [min(D, C + 1), C + 1]
         # The last row is zero but for its corner: a constant, kept out of the product.
-        floor += factor[-1, -1].item() ** 2 / centred.shape[0]
+        floor += factor[-1, -1].item() ** 2
         factor = factor[:-1]
     return *_augmented(factor), floor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 _WARM_UP = 3  # compiles and tunes kernels and loads libraries, which a capture must not
 
 
-def graphed(module: nn.Module, example: Tensor, **options: Any) -> Callable[[Tensor], Any]:
+def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
     """Record ``module(example, **options)`` as a CUDA graph.
 
-    A folded Perceiver is five kernels of a few microseconds each for a single image: launched from
-    Python one by one they wait for the host, as a graph they do not.
+    A folded Perceiver on the grid that it was folded for is five kernels, of a few microseconds
+    each for a single image: launched from Python one by one they wait for the host, as a graph they
+    do not.
 
     Args:
         module: Any projector, folded or not, on a CUDA device. It must not be changed or moved
@@ -30,31 +30,45 @@ def graphed(module: nn.Module, example: Tensor, **options: Any) -> Callable[[Ten
     Raises:
         ValueError: If ``example`` is not on a CUDA device; and, from the function, if features
             differ from ``example`` in shape, dtype or device.
+        RuntimeError: Under an autocast that caches casts, which the graph would read after
+            autocast has freed them: pass ``cache_enabled=False`` to it.
     """
     if example.device.type != "cuda":
         raise ValueError(f"a CUDA graph needs a CUDA device, got an example on {example.device}")
-    with torch.cuda.device(example.device), torch.no_grad():
-        features = example.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                module(features, **options)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = module(features, **options)
+    if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
+        raise RuntimeError(
+            "a graph recorded under autocast would read casts that autocast frees when it ends: "
+            "use torch.autocast(..., cache_enabled=False)"
+        )
+    return Graphed(module, example, options)
 
-    def replay(x: Tensor) -> Any:
-        wanted = (features.shape, features.dtype, features.device)
+
+class Graphed:
+    """What :func:`graphed` returns. It keeps alive what the graph knows by address alone."""
+
+    def __init__(self, module: nn.Module, example: Tensor, options: dict[str, Any]) -> None:
+        self.module, self.options = module, options
+        with torch.cuda.device(example.device), torch.inference_mode(False), torch.no_grad():
+            self.features = example.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    module(self.features, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.out = module(self.features, **options)
+
+    def __call__(self, x: Tensor) -> Any:
+        """Replay the graph on ``x``."""
+        wanted = (self.features.shape, self.features.dtype, self.features.device)
         if (x.shape, x.dtype, x.device) != wanted:
             raise ValueError(
                 f"the graph was recorded for {list(wanted[0])} in {wanted[1]} on {wanted[2]}, "
                 f"got {list(x.shape)} in {x.dtype} on {x.device}"
             )
-        with torch.cuda.device(features.device), torch.no_grad():
-            features.copy_(x)
-            graph.replay()
-        return out
-
-    return replay
+        with torch.cuda.device(x.device), torch.no_grad():
+            self.features.copy_(x)
+            self.graph.replay()
+        return self.out

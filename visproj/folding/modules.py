@@ -102,7 +102,6 @@ class FoldedLinear(FoldedProjector):
             self.stats_weight,
             self.stats_bias,
             self.shift,
-            width=self.config["lang_dim"],
             eps=self.config["floor"],
         )
         return out.to(norm_autocast_dtype(x))  # a LayerNorm gives fp32 under CUDA's autocast
@@ -125,7 +124,7 @@ class FoldedViT(FoldedProjector):
 class FoldedPerceiver(FoldedProjector, PositionedModule):
     """``PerceiverProjector`` with one product for keys and values, straight from the features.
 
-    ``rstd = (‖x Rᵀ + r‖² / D + floor)^(-1/2)``; ``K = rstd * (x A_kᵀ + a_k) + pos_k``;
+    ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``; ``K = rstd * (x A_kᵀ + a_k) + pos_k``;
     ``V = rstd * (x A_vᵀ + a_v) + c_v``; constant queries; attention ``O``. Then the projector's own
     output projection, LayerNorm and Linear, or for the Triton kernels
     ``rstd₂ * (O A₂ᵀ + a₂) + c₂`` with ``rstd₂`` from a triangular factor of its own. Per image and
@@ -185,7 +184,6 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
             self.stats_weight,
             self.stats_bias,
             table=table,
-            width=self.config["lang_dim"],
             eps=self.config["floor"],
         ).unflatten(-1, (2, self.config["num_heads"], -1))  # [B, L, 2, H, d]
         queries = self.queries.to(kv.dtype)
@@ -204,7 +202,6 @@ class FoldedPerceiver(FoldedProjector, PositionedModule):
                 self.out_stats_weight,
                 self.out_stats_bias,
                 self.final_shift,
-                width=self.config["lang_dim"],
                 eps=self.config["out_floor"],
             )
         if self.config["out_eps"] is None:

@@ -21,14 +21,13 @@ def folded_linear(
     shift: Tensor | None = None,
     table: Tensor | None = None,
     *,
-    width: int,
     eps: float,
     backend: str | None = None,
 ) -> Tensor:
     """A product whose rows are scaled by a reciprocal deviation that the inputs themselves give.
 
-    ``out = rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² / width + eps)^(-1/2)``.
-    With ``[R | r]`` the triangular QR factor of ``[V_c | b_c]``, a Linear of ``width`` outputs
+    ``out = rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``. With
+    ``sqrt(D) [R | r]`` the triangular QR factor of ``[V_c | b_c]``, a Linear of ``D`` outputs
     centred over them, ``rstd`` is that of a LayerNorm behind it. The kernels skip the zero half of
     ``R`` and store neither ``x Rᵀ`` nor ``rstd``. For inference: it has no gradient.
 
@@ -40,8 +39,7 @@ def folded_linear(
         stats_bias: ``r``, as many as ``R`` has rows.
         shift: ``[N]`` or ``None``.
         table: ``[L, columns]``, added to the first columns of every image, or ``None``.
-        width: What the squares are divided by.
-        eps: Added to their mean.
+        eps: Added to the square.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
     Returns:
@@ -53,14 +51,14 @@ def folded_linear(
         RuntimeError: If ``"triton"`` was asked for and cannot run here.
 
     Source: a matrix and its QR factor give every vector the same norm (Golub and Van Loan, "Matrix
-    Computations", section 5.2), here ``‖V_c x + b_c‖ = ‖R x + r‖``.
+    Computations", section 5.2), here ``‖V_c x + b_c‖ = sqrt(D) ‖R x + r‖``.
     """
     operands = (x, weight, bias, stats_weight, stats_bias, shift, table)
     _check(*operands)
     if not runs_triton(x, backend) or not x.numel() * weight.shape[0]:
-        return folded_linear_ref(*operands, width=width, eps=eps)
+        return folded_linear_ref(*operands, eps=eps)
     operands = to_autocast_dtype(*operands)
-    return _forward(*operands, width, eps, True)
+    return _forward(*operands, eps, True)
 
 
 def _check(
@@ -109,18 +107,17 @@ def _forward(
     stats_bias: Tensor,
     shift: Tensor | None,
     table: Tensor | None,
-    width: int,
     eps: float,
     triton: bool,
 ) -> Tensor:
     if not triton:
         operands = (x, weight, bias, stats_weight, stats_bias, shift, table)
-        return folded_linear_ref(*operands, width=width, eps=eps)
+        return folded_linear_ref(*operands, eps=eps)
     from visproj.kernels.linear import folded_linear_fwd
 
     rows = x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
     operands = (rows, weight, bias, stats_weight, stats_bias, shift, table)
-    return folded_linear_fwd(*operands, width, eps).reshape(*x.shape[:-1], weight.shape[0])
+    return folded_linear_fwd(*operands, eps).reshape(*x.shape[:-1], weight.shape[0])
 
 
 @_forward.register_fake
@@ -132,7 +129,6 @@ def _(
     stats_bias: Tensor,
     shift: Tensor | None,
     table: Tensor | None,
-    width: int,
     eps: float,
     triton: bool,
 ) -> Tensor:

@@ -16,19 +16,18 @@ def folded_linear_ref(
     shift: Tensor | None = None,
     table: Tensor | None = None,
     *,
-    width: int,
     eps: float,
 ) -> Tensor:
     """``rstd (x Wᵀ + bias) + shift + table``; arguments as :func:`visproj.ops.folded_linear`.
 
-    The result is scaled and shifted in place, and rounded once where its dtype can hold ``rstd``:
-    that is up to ``eps^(-1/2)`` = 1e6, more than fp16 can.
+    The product is scaled and shifted in place. ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than
+    fp16 can hold, and stays in fp32 there.
     """
     # Features behind their CLS row: PyTorch would copy the weights for every image instead.
     x = x.contiguous()
     norms = F.linear(x, stats_weight, stats_bias)
     wide = torch.promote_types(norms.dtype, torch.float32)
-    rstd = (norms.to(wide).square().sum(-1, keepdim=True) / width + eps).rsqrt()
+    rstd = (norms.to(wide).square().sum(-1, keepdim=True) + eps).rsqrt()
     out = F.linear(x, weight, bias)
     rstd = rstd if out.dtype == torch.float16 else rstd.to(out.dtype)
     added = torch.zeros_like(bias) if shift is None else shift
