@@ -64,13 +64,18 @@ def multiply_adds(module: nn.Module, x: Tensor) -> float:
 
 
 def peak_mib(name: str, batch: int) -> float:
-    """Peak memory of one call above what was resident before it, in a process of its own."""
+    """Peak memory of one call above what was resident before it, in a process of its own.
+
+    There malloc maps every larger tensor by itself and returns it when it is freed. Left to its
+    heap it keeps some, others each time: runs of one module then differ by up to 64 MiB.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.fold", "--measure-memory", name, "--batch", str(batch)],
         capture_output=True,
         text=True,
         check=True,
         cwd=Path(__file__).parent.parent,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     return float(done.stdout)
 
