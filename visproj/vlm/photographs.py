@@ -34,11 +34,12 @@ def load_photographs(paths: Sequence[Path | str] = ()) -> list[Photograph]:
     photographs: list[Photograph] = []
     for file in files:
         taken = {photograph.name for photograph in photographs}
-        photographs.append(Photograph(_free_name(file.stem, taken), _read_rgb(file)))
+        photographs.append(Photograph(free_name(file.stem, taken), read_rgb(file)))
     return photographs
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
+def free_name(stem: str, taken: set[str]) -> str:
+    """``stem``, or the first of ``stem-2``, ``stem-3``, ... that is not taken."""
     name, count = stem, 1
     while name in taken:
         count += 1
@@ -46,7 +47,13 @@ def _free_name(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _read_rgb(path: Path) -> Image.Image:
+def read_rgb(path: Path) -> Image.Image:
+    """Decode all of an image file, upright, transparent parts on white.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: The file is not an image, is damaged, or has more than 8 bits a channel.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no such image: {path}")
     try:

@@ -1,0 +1,111 @@
+"""Photographs with captions: the caller's own folder, or the set that comes with visproj."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from visproj.vlm.bundled import bundled_file
+from visproj.vlm.photographs import free_name, read_rgb
+
+CAPTIONS = "captions.jsonl"
+
+
+class CaptionedPhotograph(NamedTuple):
+    """An upright 8-bit RGB image, a name no other one of its list has, and what it shows."""
+
+    name: str
+    image: Image.Image
+    captions: tuple[str, ...]
+
+
+def load_captions(folder: Path | None = None) -> list[CaptionedPhotograph]:
+    """Read ``captions.jsonl`` and every image it names.
+
+    A line is ``{"image": "a.jpg", "captions": ["...", "..."]}``, or has ``caption`` with one text
+    instead of ``captions``. Blank lines are skipped.
+
+    Args:
+        folder: Where ``captions.jsonl`` lies, and what its image paths are relative to; None
+            means the 15 photographs of scikit-image and scikit-learn, four captions each.
+
+    Raises:
+        FileNotFoundError: There is no ``captions.jsonl`` or not every image of it.
+        ValueError: A line is not what is described above, its image is damaged, lies outside the
+            folder or was on an earlier line, or there are no lines. The message has the file, the
+            number of the line and what is wrong.
+        ModuleNotFoundError: No folder was given and scikit-image or scikit-learn is not installed.
+    """
+    file = bundled_file("visproj", f"vlm/{CAPTIONS}") if folder is None else folder / CAPTIONS
+    if not file.is_file():
+        raise FileNotFoundError(f"no such captions file: {file}")
+    loaded: list[CaptionedPhotograph] = []
+    line_of: dict[Path, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        path, captions = _parse(line, where)
+        if path in line_of:
+            raise ValueError(f"{where}: the image {path} was on line {line_of[path]} already")
+        line_of[path] = number
+        name = free_name(path.stem, {photograph.name for photograph in loaded})
+        loaded.append(CaptionedPhotograph(name, _read(folder, path, where), captions))
+    if not loaded:
+        raise ValueError(f"{file} has no lines")
+    return loaded
+
+
+def _parse(line: bytes, where: str) -> tuple[Path, tuple[str, ...]]:
+    """The image's path and the captions on one line."""
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: not a JSON object but {line.decode('utf-8-sig').strip():.40}")
+    if unknown := sorted(entry.keys() - {"image", "caption", "captions"}):
+        raise ValueError(f"{where}: unknown keys {unknown}")
+    if "image" not in entry:
+        raise ValueError(f"{where}: the key image is missing")
+    if ("caption" in entry) == ("captions" in entry):
+        raise ValueError(f"{where}: one of the keys caption and captions is needed, not both")
+    return _image_path(entry["image"], where), _captions(entry, where)
+
+
+def _image_path(image: object, where: str) -> Path:
+    if not _is_text(image):
+        raise ValueError(f"{where}: image is {image!r}, not a path")
+    path = Path(str(image))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{where}: the image {image} leaves the folder of the captions file")
+    return path
+
+
+def _captions(entry: dict[str, object], where: str) -> tuple[str, ...]:
+    captions = entry["captions"] if "captions" in entry else [entry["caption"]]
+    if not isinstance(captions, list) or not captions:
+        raise ValueError(f"{where}: captions is {captions!r}, not a list of texts")
+    for caption in captions:
+        if not _is_text(caption):
+            raise ValueError(f"{where}: the caption {caption!r} is not a text, or is blank")
+    return tuple(caption.strip() for caption in captions)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _read(folder: Path | None, path: Path, where: str) -> Image.Image:
+    """The image at ``path`` below the folder; without one, of the package ``path`` begins with."""
+    try:
+        if folder is not None:
+            return read_rgb(folder / path)
+        return read_rgb(bundled_file(path.parts[0], "/".join(path.parts[1:])))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
