@@ -25,6 +25,8 @@ from visproj.vlm.compose import VisualSequence, insert_visual_tokens  # noqa: E4
 if TYPE_CHECKING:
     from visproj.conversion import convert, revert
     from visproj.qwen_vl import extract_vision_encoder
+    from visproj.vlm.model import VisualLanguageModel
+    from visproj.vlm.pretrained import PretrainedProjector
     from visproj.weights import load_visualchat_projector, save_projector
 
 __version__ = "0.1.0"
@@ -32,9 +34,11 @@ __version__ = "0.1.0"
 __all__ = [
     "LinearProjector",
     "PerceiverProjector",
+    "PretrainedProjector",
     "ViTProjector",
     "VisProjection_perceiver",
     "VisProjection_vit",
+    "VisualLanguageModel",
     "VisualSequence",
     "build_projector",
     "convert",
@@ -52,6 +56,8 @@ __all__ = [
 
 # What is seldom needed, and where it is imported from when it is.
 _LAZY = {
+    "PretrainedProjector": "visproj.vlm.pretrained",
+    "VisualLanguageModel": "visproj.vlm.model",
     "convert": "visproj.conversion",
     "extract_vision_encoder": "visproj.qwen_vl",
     "load_visualchat_projector": "visproj.weights",

@@ -20,7 +20,7 @@ ENCODERS = ("clip", "qwen-vl")
 
 
 def build_projector(
-    kind: str, vis_config: object, lang_dim: int, *, encoder: str = "clip"
+    kind: str, vis_config: object, lang_dim: int, *, encoder: str = "clip", **options: Any
 ) -> nn.Module:
     """Build the projector that DeepSpeed-VisualChat calls ``kind``.
 
@@ -31,9 +31,10 @@ def build_projector(
         lang_dim: Width of the language model.
         encoder: ``"clip"``, or ``"qwen-vl"`` for the Qwen-VL vision encoder, which takes
             ``baseline`` only.
+        **options: The projector's own keyword arguments, such as a Perceiver's ``query_grid``.
 
     Raises:
-        TypeError: If ``vis_config`` lacks a field.
+        TypeError: If ``vis_config`` lacks a field, or the projector has no such option.
         ValueError: If ``kind`` or ``encoder`` is unknown or they do not go together.
     """
     if kind not in KINDS:
@@ -45,4 +46,4 @@ def build_projector(
             f"the qwen-vl encoder takes the baseline projector, not {kind!r}: it ends in a "
             "Perceiver resampler of its own and its 256 tokens hold no CLS"
         )
-    return _PROJECTORS[kind](vis_config, lang_dim)
+    return _PROJECTORS[kind](vis_config, lang_dim, **options)

