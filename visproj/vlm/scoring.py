@@ -1,0 +1,132 @@
+"""Does the language model know which photograph it is shown? Loss and retrieval on other views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from visproj.vlm.model import VisualLanguageModel
+
+ANSWERS = 32  # scored together: their logits are as wide as the vocabulary
+
+
+class Retrieval(NamedTuple):
+    """How often the best-scoring caption is one of the photograph's own.
+
+    Attributes:
+        views: How many were scored.
+        captions: Among how many captions.
+        rate: Part of the views whose best caption belongs to their photograph.
+        control: The same after a random permutation of the views' photographs.
+        interval: Where 95 % of such controls lie if the pictures carry nothing: the central
+            binomial interval of chance, as a part of the views.
+    """
+
+    views: int
+    captions: int
+    rate: float
+    control: float
+    interval: tuple[float, float]
+
+
+@torch.inference_mode()
+def caption_loss(
+    model: VisualLanguageModel,
+    views: Sequence[Tensor],
+    captions: Sequence[Sequence[str]],
+    prompt: str,
+) -> float:
+    """Mean negative log-likelihood of a caption's token, given a view of its photograph.
+
+    Args:
+        model: Whose projector is judged.
+        views: Features ``[V, 1 + S, C]`` of each photograph's views.
+        captions: The captions of each photograph.
+        prompt: What the model is asked about each view.
+    """
+    total, tokens = 0.0, 0
+    for features, own in zip(views, captions, strict=True):
+        prefix = model.read(features, [prompt] * len(features))
+        log_probs, lengths = model.answer_log_probs(prefix, [own] * len(features))
+        total -= log_probs.sum().item()
+        tokens += int(lengths.sum())
+    return total / tokens
+
+
+@torch.inference_mode()
+def caption_scores(
+    model: VisualLanguageModel,
+    views: Sequence[Tensor],
+    captions: Sequence[Sequence[str]],
+    prompt: str,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every caption given every view.
+
+    A view's image and prompt pass through the language model once; every caption continues from
+    that key-value cache. Arguments as :func:`caption_loss`; ``progress`` is called once a view.
+
+    Returns:
+        Sums of log-probabilities, fp32 ``[views, captions]``, photograph by photograph, and the
+        number of tokens of each caption, ``[captions]``.
+    """
+    everything = [caption for own in captions for caption in own]
+    rows, lengths = [], torch.zeros(0)
+    for features in views:
+        for view in features:
+            row, lengths = _scores(model, view, everything, prompt)
+            rows.append(row)
+            progress()
+    return torch.stack(rows), lengths
+
+
+def _scores(
+    model: VisualLanguageModel, view: Tensor, captions: Sequence[str], prompt: str
+) -> tuple[Tensor, Tensor]:
+    prefix = model.read(view[None], [prompt])
+    parts = []
+    for start in range(0, len(captions), ANSWERS):
+        log_probs, lengths = model.answer_log_probs(prefix, [captions[start : start + ANSWERS]])
+        parts.append((log_probs[0].sum(-1), lengths[0]))
+    scores, lengths = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return scores, lengths
+
+
+def own_loss(scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor) -> float:
+    """:func:`caption_loss`, from :func:`caption_scores` of all captions.
+
+    Args:
+        scores: ``[views, captions]``.
+        lengths: ``[captions]``.
+        view_of: The photograph of each view.
+        caption_of: The photograph of each caption.
+    """
+    own = view_of[:, None] == caption_of
+    return (-(scores * own).sum() / (lengths * own).sum()).item()
+
+
+def retrieval(
+    scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor, seed: int
+) -> Retrieval:
+    """Whether the caption with the best mean log-probability a token is the right photograph's.
+
+    Arguments as :func:`own_loss`; ``seed`` draws the permutation of the control. Chance is what the
+    captions that were picked would meet among randomly assigned photographs.
+    """
+    from scipy.stats import binom
+
+    picked = caption_of[(scores / lengths).argmax(1)]
+    generator = torch.Generator().manual_seed(seed)
+    permuted = view_of[torch.randperm(len(view_of), generator=generator)]
+    chance = (picked[:, None] == view_of).double().mean().item()
+    low, high = binom.interval(0.95, len(view_of), chance)
+    return Retrieval(
+        views=len(view_of),
+        captions=len(caption_of),
+        rate=(picked == view_of).double().mean().item(),
+        control=(picked == permuted).double().mean().item(),
+        interval=(float(low) / len(view_of), float(high) / len(view_of)),
+    )
