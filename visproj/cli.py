@@ -1,4 +1,4 @@
-"""The command line: ``visproj demo``, ``visproj extract`` and ``visproj bench``."""
+"""The command line: ``visproj demo | train | chat | extract | bench``."""
 
 import os
 import sys
@@ -26,6 +26,7 @@ DEMO_PACKAGES = {
     "PIL",
     "sklearn",
 }
+TRAINING_PACKAGES = {"accelerate", "skimage", "tensorboard"}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 output = Console()
@@ -78,15 +79,9 @@ def demo(
     if unknown:
         raise ValueError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
     with errors.status("importing transformers and matplotlib") as status:
-        import huggingface_hub
-        import transformers
-
         from visproj.vlm.demo import run_demo
 
-        # What goes wrong is told in one line of ours, and the status line shows the progress.
-        huggingface_hub.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        _quiet_libraries()
         report = run_demo(
             image or (),
             kinds=kind or KINDS,
@@ -97,6 +92,16 @@ def demo(
             progress=status.update,
         )
     _print_report(report, out, seed)
+
+
+def _quiet_libraries() -> None:
+    """What goes wrong is told in one line of ours, and our own lines show the progress."""
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
@@ -177,6 +182,137 @@ def extract(
     output.print(render_summary(summary), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def train(
+    kind: Annotated[str, typer.Option(help=f"The projector: {', '.join(KINDS)}.")] = "perceiver",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with images and a captions.jsonl. Default: 15 photographs that come with "
+            "scikit-image and scikit-learn."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for projector, state and logs. Default: visproj-train/KIND."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR",
+            help="A CLIP or DINOv2 model for transformers. Default: one that needs no model hub.",
+        ),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR_OR_GGUF",
+            help="A causal language model for transformers. Default: SmolLM2-135M-Instruct, "
+            "without a model hub.",
+        ),
+    ] = None,
+    queries: Annotated[
+        int,
+        typer.Option(
+            help="Side of a Perceiver's square of queries; DeepSpeed-VisualChat's is 16, which "
+            "takes twice the time."
+        ),
+    ] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the training views.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    batch: Annotated[int, typer.Option(help="Views a forward, each with its captions.")] = 2,
+    accumulate: Annotated[int, typer.Option(help="Forwards an optimiser step.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 (autocast, frozen models too) or float32.")
+    ] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the initialisation and the data's order.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, triton or torch: what the projector runs on.")
+    ] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where OUT stopped.")] = False,
+) -> None:
+    """Train a projector between a frozen vision encoder and a frozen language model."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
+    with errors.status("importing torch and transformers"):
+        from visproj import use_backend
+        from visproj.vlm.loop import TrainingSettings
+        from visproj.vlm.progress import TrainingProgress, render_report
+        from visproj.vlm.training import TrainingOptions, run_training
+
+        _quiet_libraries()
+    settings = TrainingSettings(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch=batch,
+        accumulate=accumulate,
+        dtype=dtype,
+        seed=seed,
+    )
+    folder = out or Path("visproj-train", kind)
+    options = TrainingOptions(
+        kind, folder, data, encoder, language_model, queries=queries, resume=resume
+    )
+    with use_backend(backend), TrainingProgress(errors) as progress:
+        report = run_training(
+            options,
+            settings,
+            stage=progress.stage,
+            on_step=progress.on_step,
+            advance=progress.advance,
+        )
+    output.print(render_report(report, kind))
+    output.print(f"projector, log and loss curve in {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    projector: Annotated[
+        Path, typer.Option(help="What `visproj train` left in OUT, or OUT/projector.")
+    ],
+    image: Annotated[
+        list[Path], typer.Option(help="A photograph; repeat for more, all for one answer.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="`<image>` in it places an image. Default: the projector's in training."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="ID_OR_DIR", help="Default: the projector's in training."),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(metavar="ID_OR_DIR_OR_GGUF", help="Default: the projector's in training."),
+    ] = None,
+    attention: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw where the model looked as it wrote each word."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    backend: Annotated[
+        str, typer.Option(help="auto, triton or torch: what the projector runs on.")
+    ] = "auto",
+) -> None:
+    """Ask a trained projector's model about photographs."""
+    with errors.status("importing torch and transformers") as status:
+        from visproj import use_backend
+        from visproj.vlm.chat import ChatOptions, run_chat
+
+        _quiet_libraries()
+
+        def write(piece: str) -> None:
+            status.stop()
+            typer.echo(piece, nl=False)
+
+        options = ChatOptions(
+            projector, image, prompt, encoder, language_model, attention, max_new_tokens
+        )
+        with use_backend(backend):
+            run_chat(options, write=write, progress=status.update)
+    typer.echo()
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,
@@ -201,10 +337,12 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        if package in TRAINING_PACKAGES:
+            _fail(f"training needs the package {package}: pip install 'visproj[train]'")
         if package not in DEMO_PACKAGES:
             raise
         _fail(f"the demo needs the package {package}: pip install 'visproj[demo]'")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         _fail(" ".join(str(error).split()))
 
 

@@ -1,9 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from visproj.vlm.figures import (
+    answer_attention_figure,
     attention_figure,
     features_figure,
     pca_colours,
@@ -82,6 +85,47 @@ def test_attention_figure_draws_the_mean_over_heads(photo):
     assert [line.get_xydata().tolist() for line in second.lines] == [[[5.0, 3.0]]]
     assert "untrained" in figure.get_suptitle()
     assert "even spread" in colour_bar.get_ylabel()
+
+
+def test_answer_attention_figure_has_a_panel_a_word(photo):
+    weights = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).softmax(-1)
+    figure = answer_attention_figure(photo, ["a", "$dog$"], weights, (4, 4), "perceiver")
+    first, *panels, colour_bar = figure.axes
+    np.testing.assert_array_equal(drawn(first)[0], np.asarray(photo))
+    assert [panel.get_title() for panel in panels] == ["a", "$dog$"]
+    scales = set()
+    for panel, row in zip(panels, weights, strict=True):
+        grey, overlay = drawn(panel)
+        np.testing.assert_array_equal(grey, np.asarray(photo.convert("L")))
+        np.testing.assert_allclose(overlay, row.double().reshape(4, 4) * 16)
+        scales.add(panel.images[1].get_clim())
+    top = float(np.quantile(weights.double().numpy() * 16, 0.98))
+    assert scales == {(float(weights.min() * 16), top)}
+    assert "even spread" in colour_bar.get_ylabel()
+    assert "Perceiver's own attention" in figure.get_supxlabel()
+    assert "words." not in figure.get_supxlabel()
+
+
+def test_answer_attention_figure_says_what_it_leaves_out(photo):
+    words = [f"word {index}" for index in range(29)] + ["w" * 50]
+    weights = torch.full((30, 16), 1 / 16)
+    figure = answer_attention_figure(photo, words, weights, (4, 4), "vit")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["photograph", *words[:12]]
+    assert "The first 12 of 30 words." in figure.get_supxlabel()
+    assert "the vit projector makes one a patch" in figure.get_supxlabel()
+    figure = answer_attention_figure(photo, words[29:], weights[29:], (4, 4), "vit")
+    assert figure.axes[1].get_title() == "w" * 19 + "…"
+
+
+def test_words_that_the_font_lacks_are_drawn_without_a_warning(photo, tmp_path):
+    words, weights = ["犬\x16", "\ud7ff$x"], torch.full((2, 16), 1 / 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(
+            answer_attention_figure(photo, words, weights, (4, 4), "vit"), tmp_path / "a.png"
+        )
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_saved_bytes_depend_on_the_figure_alone(tmp_path):

@@ -1,23 +1,30 @@
 """The demo's pictures. Every function draws one figure and leaves matplotlib's state alone."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 
 from visproj.positions import resize_position_table, sincos_position_table
 
 Cell = tuple[int, int]
+WORDS = 12  # panels of `answer_attention_figure`, the photograph aside
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG whose bytes depend on the figure alone, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Models write in every script: what the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
     return path
 
 
@@ -140,10 +147,7 @@ def attention_figure(
     axes[0].imshow(photo, extent=extent)
     axes[0].set_title("photograph")
     for axis, (y, x), weight in zip(axes[1:], cells, weights, strict=True):
-        axis.imshow(photo.convert("L"), cmap="gray", extent=extent)
-        overlay = axis.imshow(
-            weight, cmap="inferno", norm=scale, alpha=0.65, extent=extent, interpolation="bicubic"
-        )
+        overlay = _overlay(axis, photo, weight, scale)
         centre = (
             (x + 0.5) / query_grid[1] * photo.width,
             (y + 0.5) / query_grid[0] * photo.height,
@@ -160,4 +164,91 @@ def attention_figure(
         "has been learned yet.",
         fontsize="small",
     )
+    return figure
+
+
+def answer_attention_figure(
+    photo: Image.Image, words: Sequence[str], weights: torch.Tensor, grid: Cell, kind: str
+) -> Figure:
+    """Where a language model looked in a photograph as it wrote the first words of an answer.
+
+    Args:
+        photo: The crop that the encoder saw.
+        words: At least one; the first 12 are drawn.
+        weights: ``[words, L]``; each row adds up to 1.
+        grid: Rows and columns of patches, ``h * w = L``.
+        kind: The projector's, for the caption.
+    """
+    shown = words[:WORDS]
+    # In units of an even spread over all patches, as above.
+    maps = (weights[: len(shown)].double() * weights.shape[-1]).reshape(-1, *grid).numpy()
+    # A few patches draw most of the attention whatever the word: they are cut off at the top.
+    scale = Normalize(float(maps.min()), float(np.quantile(maps, 0.98)), clip=True)
+    columns = min(5, len(shown) + 1)
+    rows = -(-(len(shown) + 1) // columns)
+    figure = Figure(figsize=(max(8, 2.8 * columns), 2.7 * rows + 1), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    first, *others = axes.flat
+    figure.suptitle("Where the language model looked in the photograph as it wrote each word")
+    first.imshow(photo, extent=(0, photo.width, photo.height, 0))
+    first.set_title("photograph")
+    for axis, word, weight in zip(others, shown, maps, strict=False):
+        overlay = _overlay(axis, photo, weight, scale)
+        axis.set_title(word if len(word) <= 20 else f"{word[:19]}…", parse_math=False)
+    for axis in others[len(shown) :]:
+        axis.set_axis_off()
+    for axis in axes.flat[max(0, len(shown) + 1 - columns) : len(shown) + 1]:
+        axis.set_xlabel("x (pixels)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("y (pixels)")
+    label = "attention weight\n(1 = even spread)"
+    figure.colorbar(overlay, ax=axes, label=label, shrink=0.8, extend="max")
+    figure.supxlabel(_answer_caption(kind, len(shown), len(words)), fontsize="small")
+    return figure
+
+
+def _answer_caption(kind: str, shown: int, words: int) -> str:
+    carried = (
+        "carried to the patches by the Perceiver's own attention"
+        if kind == "perceiver"
+        else f"of which the {kind} projector makes one a patch"
+    )
+    left_out = f"\nThe first {shown} of {words} words." if shown < words else ""
+    return (
+        "Attention to the visual tokens, mean over layers, heads and a word's tokens,\n"
+        f"{carried}.{left_out}"
+    )
+
+
+def _overlay(axis: Axes, photo: Image.Image, weight: np.ndarray, scale: Normalize) -> AxesImage:
+    """A map over a grey photograph, both in the photograph's pixels."""
+    extent = (0, photo.width, photo.height, 0)
+    axis.imshow(photo.convert("L"), cmap="gray", extent=extent)
+    return axis.imshow(
+        weight, cmap="inferno", norm=scale, alpha=0.65, extent=extent, interpolation="bicubic"
+    )
+
+
+def loss_figure(
+    training: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], kind: str
+) -> Figure:
+    """Loss over a training run.
+
+    Args:
+        training: Step and loss of its views.
+        held_out: Steps done and loss of the held-out views.
+        kind: The projector's, for the title.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*training, strict=True), linewidth=1, alpha=0.6, label="training views, a step")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held-out views")
+        half = held_out[0][1] / 2
+        axes.axhline(half, color="gray", linestyle=":", label="half of the untrained projector's")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel("loss (nats a caption token)")
+    axes.set_title(f"Training a {kind} projector between two frozen models")
+    axes.legend()
     return figure

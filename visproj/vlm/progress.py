@@ -1,0 +1,94 @@
+"""What ``visproj train`` shows while it runs and at its end."""
+
+from __future__ import annotations
+
+import statistics
+from types import TracebackType
+
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from visproj.vlm.loop import Step, TrainingRun
+from visproj.vlm.training import TrainingReport
+
+
+class TrainingProgress:
+    """One bar at a time, for ``run_training``'s callbacks; training shows loss and images/s."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task = self._bars.add_task("reading the data", total=None, note="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._bars.stop()
+        else:
+            self._bars.live.transient = True  # what went wrong is told in a line of its own
+            self._bars.live.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a stage; ``total`` 0 means unknown."""
+        self._bars.stop_task(self._task)
+        self._task = self._bars.add_task(name, total=total or None, note="")
+
+    def advance(self) -> None:
+        """One part of the stage is done."""
+        self._bars.advance(self._task)
+
+    def on_step(self, step: Step, run: TrainingRun) -> None:
+        """One optimiser step is done."""
+        loss, speed = (
+            statistics.mean(values)
+            for values in zip(
+                *((row.loss, row.images_per_second) for row in run.steps[-10:]), strict=True
+            )
+        )
+        note = f"loss {loss:.3f}, {speed:.2f} images/s"
+        if run.held_out:
+            note += f", held-out {run.held_out[-1][1]:.3f}"
+        self._bars.update(self._task, completed=step.step, total=run.total, note=note)
+
+
+def render_report(report: TrainingReport, kind: str) -> Group:
+    """The table at the end of a run."""
+    found = report.retrieval
+    change = report.trained_loss / report.untrained_loss - 1
+    low, high = (f"{100 * bound:.1f}" for bound in found.interval)
+    table = Table(title=f"{kind} projector", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("measured on held-out views")
+    table.add_column("", justify="right")
+    rows = {
+        "photographs, training views, held-out views": (
+            f"{report.photographs}, {report.training_views}, {found.views}"
+        ),
+        "trained parameters": f"{report.parameters:,}",
+        "loss of the captions, untrained": f"{report.untrained_loss:.3f}",
+        "loss of the captions, trained": f"{report.trained_loss:.3f} ({100 * change:+.1f} %)",
+        f"best of {found.captions} captions is the photograph's own": f"{100 * found.rate:.1f} %",
+        "the same with photographs permuted": f"{100 * found.control:.1f} %",
+        "95 % of such controls by chance": f"{low} to {high} %",
+        "peak memory": f"{report.peak_mib:.0f} MiB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
+    total = sum(report.seconds.values())
+    return Group(table, f"{total / 60:.1f} minutes: {stages}")
