@@ -218,7 +218,10 @@ def train(
             "takes twice the time."
         ),
     ] = 8,
-    epochs: Annotated[int, typer.Option(help="Passes over the training views.")] = 3,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the training views. Default: 3, of a Perceiver 6."),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
     batch: Annotated[int, typer.Option(help="Views a forward, each with its captions.")] = 2,
     accumulate: Annotated[int, typer.Option(help="Forwards an optimiser step.")] = 1,
@@ -238,11 +241,11 @@ def train(
         from visproj import use_backend
         from visproj.vlm.loop import TrainingSettings
         from visproj.vlm.progress import TrainingProgress, render_report
-        from visproj.vlm.training import TrainingOptions, run_training
+        from visproj.vlm.training import EPOCHS, TrainingOptions, run_training
 
         _quiet_libraries()
     settings = TrainingSettings(
-        epochs=epochs,
+        epochs=EPOCHS[kind] if epochs is None else epochs,
         learning_rate=learning_rate,
         batch=batch,
         accumulate=accumulate,

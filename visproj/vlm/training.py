@@ -33,6 +33,7 @@ from visproj.vlm.views import held_out_views, training_views
 
 PROMPT = "Describe the photograph."
 TRAINING_VIEWS = 14
+EPOCHS = {"baseline": 3, "vit": 3, "perceiver": 6}  # a Perceiver learns slower, in shorter steps
 # Retrieval scores every caption against every view: it grows with the square of the photographs.
 SCORED_PHOTOGRAPHS = 32
 
