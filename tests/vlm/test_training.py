@@ -507,12 +507,13 @@ def test_every_option_reaches_its_place(run, asked, tmp_path):
     assert f"projector, log and loss curve in {tmp_path / 'out'}" in stdout
 
 
-def test_the_command_has_the_defaults_of_the_settings(run, asked):
-    assert run("train", "--kind", "baseline")[0] == 0
+@pytest.mark.parametrize(("kind", "epochs"), [("baseline", 3), ("vit", 3), ("perceiver", 6)])
+def test_the_command_has_the_defaults_of_the_settings(run, asked, kind, epochs):
+    assert run("train", "--kind", kind)[0] == 0
     ((options, settings, chosen),) = asked
-    assert settings == TrainingSettings()
-    assert options == TrainingOptions("baseline", options.out)
-    assert options.out.parts == ("visproj-train", "baseline")
+    assert settings == TrainingSettings(epochs=epochs)
+    assert options == TrainingOptions(kind, options.out)
+    assert options.out.parts == ("visproj-train", kind)
     assert chosen == "auto"
 
 
