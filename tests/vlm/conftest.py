@@ -1,5 +1,7 @@
 """What takes seconds to load, once a worker."""
 
+import functools
+
 import pytest
 
 
@@ -22,3 +24,19 @@ def photographs():
     from visproj.vlm.photographs import load_photographs
 
     return load_photographs()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The outcome of a run that nothing stopped, by configuration."""
+    from vlm.training_runs import fit
+
+    return functools.cache(lambda name: fit(tmp_path_factory.mktemp("whole"), name)[1])
+
+
+@pytest.fixture
+def fresh_event_names(monkeypatch):
+    """TensorBoard orders files by second, then by a count of this process, 10 before 9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))

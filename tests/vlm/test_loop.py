@@ -1,128 +1,27 @@
-import csv
-import errno
-import functools
 import math
-import os
 import random
-import resource
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from vlm.tiny import PROMPT, tiny_model
+from vlm.training_runs import (
+    STEPS,
+    KilledError,
+    assert_same,
+    dying,
+    equal,
+    fit,
+    random_data,
+    scalars,
+    settings,
+    table,
+    weights,
+)
 
 from visproj.vlm import loop
-from visproj.vlm.loop import TrainingData, TrainingSettings, train
-
-ROOT = Path(__file__).resolve().parents[2]
-# Unequal lengths, and unequal numbers: every photograph trains one caption a view.
-CAPTIONS = [["a cat", "a red dog sat on a cat"], ["a dog"], ["red cat", "at", "og a red at cat"]]
-CONFIGURATIONS = {
-    "baseline-float32": ("baseline", "float32", 1),
-    "baseline-bfloat16-accumulated": ("baseline", "bfloat16", 2),
-    "perceiver-bfloat16": ("perceiver", "bfloat16", 1),
-    "perceiver-float32-accumulated": ("perceiver", "float32", 2),
-}
-STEPS = 6  # of every run of `fit`: two epochs of three
-
-
-def random_data(views=2):
-    """Random features of three photographs; the first number of each tells its view."""
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(3, views, 17, 32, generator=generator)
-    features[:, :, 0, 0] = torch.arange(3 * views).reshape(3, views)
-    return TrainingData(list(features), CAPTIONS, PROMPT)
-
-
-def settings(**changes):
-    """No default is relied on."""
-    chosen = {
-        "epochs": 2,
-        "learning_rate": 1e-2,
-        "batch": 2,
-        "accumulate": 1,
-        "warmup": 0.2,
-        "weight_decay": 0.01,
-        "clip": 1.0,
-        "dtype": "float32",
-        "save_every": 2,
-        "seed": 0,
-    }
-    return TrainingSettings(**{**chosen, **changes})
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.projector.state_dict().items()}
-
-
-def equal(one, other):
-    """Whether two state dicts are the same to the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def fit(folder, configuration="baseline-float32", data=None, model=None, **options):
-    """Train for six steps; the model and what of the run another one has to repeat."""
-    kind, dtype, accumulate = CONFIGURATIONS[configuration]
-    model = model or tiny_model(kind)
-
-    def evaluate():
-        return sum(p.double().square().sum().item() for p in model.projector.parameters())
-
-    run = train(
-        model,
-        data or random_data(2 * accumulate),
-        settings(dtype=dtype, accumulate=accumulate),
-        folder,
-        **{"evaluate": evaluate, **options},
-    )
-    return model, outcome(model, run)
-
-
-def outcome(model, run):
-    log = [step._replace(images_per_second=0) for step in run.steps]
-    return weights(model), log, run.held_out, run.total
-
-
-def assert_same(got, want):
-    assert equal(got[0], want[0])
-    assert got[1:] == want[1:]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The outcome of a run that nothing stopped, by configuration."""
-    return functools.cache(lambda name: fit(tmp_path_factory.mktemp("whole"), name)[1])
-
-
-class KilledError(Exception):
-    pass
-
-
-def dying(step):
-    def on_step(done, run):
-        if done.step == step:
-            raise KilledError
-
-    return on_step
-
-
-def scalars(folder, tag):
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-@pytest.fixture
-def fresh_event_names(monkeypatch):
-    """TensorBoard orders files by second, then by a count of this process, 10 before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+from visproj.vlm.loop import TrainingData, train
 
 
 def test_the_loss_falls(tmp_path):
@@ -137,88 +36,6 @@ def test_the_loss_falls(tmp_path):
     assert not any(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
     assert equal(frozen, model.language_model.state_dict())
     assert not model.training
-
-
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_killed_at_any_step_and_resumed(tmp_path, uninterrupted, configuration, step):
-    with pytest.raises(KilledError):
-        fit(tmp_path, configuration, on_step=dying(step))
-    done = []
-    _, got = fit(tmp_path, configuration, on_step=lambda step, run: done.append(step.step))
-    assert_same(got, uninterrupted(configuration))
-    assert done == list(range(step // 2 * 2 + 1, STEPS + 1))  # a checkpoint every two steps
-
-
-def test_killed_again_and_again(tmp_path, uninterrupted):
-    for step in (3, 3, 5, 6):
-        with pytest.raises(KilledError):
-            fit(tmp_path, on_step=dying(step))
-    assert_same(fit(tmp_path)[1], uninterrupted("baseline-float32"))
-
-
-def test_killed_in_between_the_projector_and_the_state(tmp_path, uninterrupted):
-    """The projector is saved again, also where it was the last step's."""
-
-    def killed_at_the_end():
-        saves.append(1)
-        if len(saves) == 3:
-            raise KilledError
-
-    saves, again = [], []
-    with pytest.raises(KilledError):
-        fit(tmp_path, save=killed_at_the_end)
-    model = tiny_model()
-    _, got = fit(tmp_path, model=model, save=lambda: again.append(weights(model)))
-    assert_same(got, uninterrupted("baseline-float32"))
-    assert equal(again[-1], got[0])
-
-
-def test_killed_before_the_first_loss(tmp_path, uninterrupted):
-    def killed():
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        fit(tmp_path, evaluate=killed)
-    assert_same(fit(tmp_path)[1], uninterrupted("baseline-float32"))
-
-
-def test_a_process_killed_without_warning(tmp_path, uninterrupted):
-    script = (
-        "import os, signal, sys, torch\n"
-        "from pathlib import Path\n"
-        "from vlm.test_loop import fit\n"
-        f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "def on_step(done, run):\n"
-        "    if done.step == 5:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "fit(Path(sys.argv[1]), 'perceiver-bfloat16', on_step=on_step)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(torch.load(tmp_path / "resume.pt", weights_only=True)["steps"]) == 4
-    time.sleep(1.1)  # TensorBoard orders its files by second, and a new process takes longer
-    _, got = fit(tmp_path, "perceiver-bfloat16")
-    assert_same(got, uninterrupted("perceiver-bfloat16"))
-    assert [number for number, _ in scalars(tmp_path, "train/loss")] == list(range(1, STEPS + 1))
-    assert [number for number, _ in scalars(tmp_path, "held-out/loss")] == [0, 3, 6]
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path, uninterrupted):
-    fit(tmp_path)
-    before = (tmp_path / "resume.pt").read_bytes(), (tmp_path / "metrics.csv").read_bytes()
-    _, got = fit(tmp_path, save=pytest.fail, on_step=pytest.fail, evaluate=pytest.fail)
-    assert_same(got, uninterrupted("baseline-float32"))
-    assert before == (
-        (tmp_path / "resume.pt").read_bytes(),
-        (tmp_path / "metrics.csv").read_bytes(),
-    )
 
 
 def test_accumulation_is_a_larger_batch(tmp_path):
@@ -365,11 +182,6 @@ def test_the_order_is_the_seeds(tmp_path, seen):
     assert orders[0] == orders[2] != orders[1]
 
 
-def table(folder):
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def assert_logged(folder, run):
     """The CSV has every step to the last digit, the held-out loss in the rows it belongs to."""
     rows = table(folder)
@@ -492,176 +304,6 @@ def test_a_photograph_whose_features_are_not_numbers(tmp_path, seen, uninterrupt
         fit(tmp_path / "run", model=model, data=data)
     assert all(tensor.isfinite().all() for tensor in weights(model).values())
     assert_same(fit(tmp_path / "run")[1], uninterrupted("baseline-float32"))
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-def full_disk(monkeypatch, way, name):
-    """From the second time that ``name`` is written, the disk is full."""
-    save, replace, times = torch.save, os.replace, []
-
-    def failing_save(state, file):
-        times.append(1)
-        if len(times) == 1:
-            return save(state, file)
-        if way == "size limit":  # of this process, a real failure in torch's own writer
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-            try:
-                return save(state, file)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        Path(file).write_bytes(b"half of it")
-        if way == "OSError":
-            raise FULL
-        raise RuntimeError("[enforce fail at inline_container.cc:668] unexpected pos 64 vs 0")
-
-    def failing_replace(source, target):
-        times.extend([1] if Path(target).name == name else [])
-        # metrics.csv is also written as the run begins.
-        if Path(target).name == name and len(times) > (1 if name == "resume.pt" else 2):
-            raise FULL
-        return replace(source, target)
-
-    if way == "replace":
-        monkeypatch.setattr(os, "replace", failing_replace)
-    else:
-        monkeypatch.setattr(torch, "save", failing_save)
-
-
-@pytest.mark.parametrize(
-    ("way", "name"),
-    [
-        ("OSError", "resume.pt"),
-        ("RuntimeError", "resume.pt"),
-        ("size limit", "resume.pt"),
-        ("replace", "resume.pt"),
-        ("replace", "metrics.csv"),
-    ],
-)
-def test_a_full_disk(tmp_path, monkeypatch, uninterrupted, way, name):
-    with monkeypatch.context() as patches:
-        full_disk(patches, way, name)
-        with pytest.raises(OSError, match=rf"^cannot write {tmp_path / name}: ."):
-            fit(tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"resume.pt", "metrics.csv", "tensorboard"}
-    state = torch.load(tmp_path / "resume.pt", weights_only=True)
-    assert len(state["steps"]) == (2 if name == "resume.pt" else 4)
-    assert table(tmp_path)[-1]["step"] == "2"
-    assert_same(fit(tmp_path)[1], uninterrupted("baseline-float32"))
-
-
-def test_a_projector_that_cannot_be_saved(tmp_path, uninterrupted):
-    saves = []
-
-    def save():
-        saves.append(1)
-        if len(saves) == 2:
-            raise FULL
-
-    with pytest.raises(OSError, match="No space left"):
-        fit(tmp_path, save=save)
-    assert len(torch.load(tmp_path / "resume.pt", weights_only=True)["steps"]) == 2
-    assert_same(fit(tmp_path)[1], uninterrupted("baseline-float32"))
-
-
-def flipped(content):
-    """One bit of a weight, which torch.load takes without a word."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-DAMAGES = {
-    "half": lambda content: content[: len(content) // 2],
-    "end": lambda content: content[:-1],
-    "empty": lambda content: b"",
-    "text": lambda content: b"not a state",
-    "bit": flipped,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_state(tmp_path, damage):
-    with pytest.raises(KilledError):
-        fit(tmp_path, on_step=dying(3))
-    file = tmp_path / "resume.pt"
-    file.write_bytes(damage(file.read_bytes()))
-    damaged, log = file.read_bytes(), (tmp_path / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match=rf"^{file} is damaged: remove it to start again$"):
-        fit(tmp_path)
-    assert file.read_bytes() == damaged
-    assert (tmp_path / "metrics.csv").read_bytes() == log
-
-
-@pytest.mark.parametrize("content", [{"steps": []}, torch.zeros(3), [1], {"a": Path("b")}])
-def test_a_state_that_is_something_else(tmp_path, content):
-    torch.save(content, tmp_path / "resume.pt")
-    with pytest.raises(ValueError, match=r"resume\.pt is damaged"):
-        fit(tmp_path)
-
-
-CHANGES = {
-    "epochs": 3,
-    "learning_rate": 1e-3,
-    "batch": 3,
-    "accumulate": 2,
-    "warmup": 0.1,
-    "weight_decay": 0.0,
-    "clip": 2.0,
-    "dtype": "bfloat16",
-    "save_every": 3,
-    "seed": 1,
-}
-
-
-def test_every_setting_is_checked_for():
-    assert CHANGES.keys() == TrainingSettings.__dataclass_fields__.keys()
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A folder with a run that was killed at its third step."""
-    folder = tmp_path_factory.mktemp("stopped")
-    with pytest.raises(KilledError):
-        fit(folder, on_step=dying(3), identity={"kind": "baseline"})
-    return folder
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_with_other_settings(stopped, name):
-    before, after = getattr(settings(), name), CHANGES[name]
-    message = rf"resume\.pt is of a run with {name} {before}, not {after}$"
-    options = {"identity": {"kind": "baseline"}}
-    with pytest.raises(ValueError, match=message):
-        train(tiny_model(), random_data(), settings(**{name: after}), stopped, **options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt": "Why?"}, rf"prompt {PROMPT[:-1]}\?, not Why\?"),
-        ({"views": random_data().views[:2], "captions": CAPTIONS[:2]}, "photographs 3, not 2"),
-        ({"views": random_data(3).views}, "training views 6, not 9"),
-        ({"captions": [["a"]] * 3}, "captions [0-9a-f]{12}, not [0-9a-f]{12}"),
-        (None, "kind baseline, not vit"),
-    ],
-)
-def test_a_run_with_other_data_or_models(stopped, changes, message):
-    before = (stopped / "resume.pt").read_bytes()
-    kind = "vit" if changes is None else "baseline"
-    data = random_data()._replace(**changes or {})
-    with pytest.raises(ValueError, match=f"is of a run with {message}$"):
-        fit(stopped, data=data, model=tiny_model(kind), identity={"kind": kind})
-    assert (stopped / "resume.pt").read_bytes() == before
-
-
-def test_a_run_with_a_projector_of_another_shape(stopped):
-    with pytest.raises(
-        ValueError, match=r"resume\.pt is of another projector: its weights do not fit$"
-    ):
-        fit(stopped, model=tiny_model("vit"), identity={"kind": "baseline"})
 
 
 @pytest.mark.parametrize("views", [[], [torch.zeros(0, 17, 32)]])
