@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from visproj.files import cache_folder, replacing
 from visproj.kernels.launch import INTERPRETING, Config, architecture
 
 _chosen: dict[str, str] = {}
@@ -43,10 +43,11 @@ def run_best(
     return config
 
 
-def cache_file() -> Path:
+def cache_file() -> Path | None:
     """Where choices are kept: one file for every version of triton and kind of device."""
-    root = os.environ.get("VISPROJ_CACHE_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "visproj"
+    folder = cache_folder()
+    if folder is None:
+        return None
     device = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
     return folder / f"autotune-{device}-triton-{triton.__version__}.json"
 
@@ -65,7 +66,7 @@ def _remembered_or_timed(
     key = " ".join(map(str, parts))
     by_name = {str(choice): choice for choice in choices}
     path = cache_file()
-    if path not in _files_read:
+    if path is not None and path not in _files_read:
         _files_read.add(path)
         _chosen.update(_read(path))
     if (known := by_name.get(_chosen.get(key, ""))) is not None:
@@ -77,7 +78,8 @@ def _remembered_or_timed(
     ]
     best = choices[times.index(min(times))]
     _chosen[key] = str(best)
-    _write(path, {**_read(path), key: str(best)})
+    if path is not None:
+        _write(path, {**_read(path), key: str(best)})
     return best
 
 
@@ -98,8 +100,7 @@ def _write(path: Path, choices: dict[str, str]) -> None:
     """Replace the file in one step. A folder that cannot be written only costs the next process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(choices, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(choices, indent=1, sort_keys=True))
     except OSError:
         return

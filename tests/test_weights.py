@@ -190,7 +190,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("visproj.qwen_vl.storage.tensor_bytes", full)
+    monkeypatch.setattr("visproj.files.tensor_bytes", full)
     with pytest.raises(OSError, match="no space left"):
         visproj.save_projector(make("baseline"), path)
     assert list(tmp_path.iterdir()) == [path]

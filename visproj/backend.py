@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from visproj.errors import BackendError, InputError
 from visproj.kernels.support import why_unavailable
 
 BACKENDS = ("auto", "triton", "torch")
@@ -42,7 +43,7 @@ def use_backend(name: str) -> Iterator[None]:
 def check_backend(name: str, source: str) -> str:
     """Return ``name`` or raise ``ValueError`` saying where the unknown name came from."""
     if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise InputError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
@@ -73,7 +74,7 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
             and _why_not(x.device) is None
         )
     if reason := _why_not(x.device):
-        raise RuntimeError(
+        raise BackendError(
             f"the Triton backend was asked for, but {reason}. PyTorch runs the same operation with "
             'visproj.use_backend("torch") or VISPROJ_BACKEND=torch; TRITON_INTERPRET=1 interprets '
             "the kernels on a CPU, slowly"
@@ -81,7 +82,7 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
     if x.dtype == torch.float64:
         raise TypeError("the Triton backend takes float32, float16 and bfloat16, got float64")
     if unsupported is not None:
-        raise ValueError(f"the Triton backend does not take this: {unsupported}")
+        raise InputError(f"the Triton backend does not take this: {unsupported}")
     return True
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visproj import __version__
+from visproj.errors import InputError
 from visproj.projectors import KINDS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def demo(
     """Project photographs with every projector, untrained, and draw what there is to see."""
     unknown = sorted(set(kind or ()) - set(KINDS))
     if unknown:
-        raise ValueError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
+        raise InputError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
     with errors.status("importing transformers and matplotlib") as status:
         from visproj.vlm.demo import run_demo
 
@@ -236,7 +237,7 @@ def train(
 ) -> None:
     """Train a projector between a frozen vision encoder and a frozen language model."""
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
+        raise InputError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
         from visproj.vlm.loop import TrainingSettings
@@ -327,7 +328,7 @@ def bench(context: typer.Context) -> None:
     """Measure against upstream and a fair baseline; `visproj bench --help` has the options."""
     root = Path(__file__).parent.parent
     if not (root / "benchmarks" / "report.py").is_file():
-        raise ValueError("the benchmarks are in the repository, not in the package: use a clone")
+        raise InputError("the benchmarks are in the repository, not in the package: use a clone")
     # A process of its own: the profiler's settings are read when torch is imported.
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "benchmarks.report", *context.args]

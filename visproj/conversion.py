@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.errors import InputError
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
 from visproj.projectors.vit import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
@@ -49,7 +50,7 @@ def convert(model: nn.Module) -> list[str]:
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``.
     """
     if _kind("", model) is not None:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is a projector itself: pass the module that holds it"
         )
     return _replace(
@@ -81,7 +82,7 @@ def _replace(model: nn.Module, change: Change, nothing: str) -> list[str]:
     made: dict[nn.Module, nn.Module] = {}
     _make(model, change, "", made, set())
     if not made:
-        raise ValueError(f"{type(model).__name__} {nothing}")
+        raise InputError(f"{type(model).__name__} {nothing}")
     plan = [
         (parent, name, f"{prefix}.{name}".removeprefix("."), made[child])
         for prefix, parent in model.named_modules()
@@ -134,7 +135,7 @@ def _counterpart(name: str, path: str, child: nn.Module) -> nn.Module | None:
             projector = _BUILDERS[kind](child)
         _check_shapes(child, projector)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is built like DeepSpeed-VisualChat's {kind} projector, but {error}; convert "
             "before adapters, quantisation or parametrisations are added"
         ) from error
@@ -168,9 +169,9 @@ def _check_types(kind: str, module: nn.Module) -> None:
         try:
             found = module.get_submodule(name)
         except AttributeError as error:
-            raise ValueError(f"it has no {name}") from error
+            raise InputError(f"it has no {name}") from error
         if type(found) is not type(wanted):
-            raise ValueError(
+            raise InputError(
                 f"its {name} is a {type(found).__module__}.{type(found).__qualname__}, not a plain "
                 f"{type(wanted).__name__}"
             )
@@ -181,12 +182,12 @@ def _check_shapes(module: nn.Module, ours: nn.Module) -> None:
     found, wanted = _shapes(module), _shapes(ours)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise ValueError(
+            raise InputError(
                 f"its {name} is {found.get(name, 'absent')} where {wanted.get(name, 'nothing')} "
                 "is wanted"
             )
     if buffers := [name for name, _ in module.named_buffers()]:
-        raise ValueError(f"it has the buffer {buffers[0]}")
+        raise InputError(f"it has the buffer {buffers[0]}")
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -205,7 +206,7 @@ def _baseline(module: Any) -> nn.Module:
 
 def _vit(module: Any) -> nn.Module:
     if getattr(module.vis_layer, "gradient_checkpointing", False):
-        raise ValueError("its vis_layer has gradient checkpointing on, which ours does not know")
+        raise InputError("its vis_layer has gradient checkpointing on, which ours does not know")
     attention, mlp = module.vis_layer.self_attn, module.vis_layer.mlp
     linear = module.projection[0]
     config = _clip_config(
@@ -238,7 +239,7 @@ def _activation(function: Callable[[Tensor], Tensor]) -> str:
         # Two forms of one activation differ by roundings, two activations by 1e-3 and more.
         if torch.allclose(function(probe), ours(probe), rtol=1e-5, atol=1e-5):
             return name
-    raise ValueError(f"its activation is none of {', '.join(ACTIVATIONS)}")
+    raise InputError(f"its activation is none of {', '.join(ACTIVATIONS)}")
 
 
 def _perceiver(module: Any) -> nn.Module:
@@ -264,7 +265,7 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
             hooks.append("a replaced forward")
         if exchanged and hooks:
             where = f"{path}.{name}".removesuffix(".")
-            raise ValueError(
+            raise InputError(
                 f"{where} has {hooks[0].strip('_')}, which would be lost: remove them first, or "
                 "convert before the model is wrapped"
             )

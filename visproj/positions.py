@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visproj.errors import InputError
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -35,7 +37,7 @@ def sincos_position_table(dim: int, grid: Grid = (16, 16)) -> Tensor:
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, after MAE ``util/pos_embed.py``.
     """
     if dim <= 0 or dim % 4:
-        raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim}")
+        raise InputError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim}")
     rows, columns = check_grid(grid)
     # From integers: DeepSpeed's zero.Init casts what a floating-point arange returns.
     omega = 10000.0 ** (-torch.arange(dim // 4).double() * 4 / dim)
@@ -68,7 +70,7 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
         ValueError: If ``table`` has another number of rows than ``source`` says.
     """
     if table.shape[0] != math.prod(check_grid(source)):
-        raise ValueError(
+        raise InputError(
             f"table has {table.shape[0]} rows, but a {source[0]}x{source[1]} grid has "
             f"{math.prod(source)}"
         )
@@ -83,7 +85,7 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
 def check_grid(grid: Grid) -> Grid:
     """Return ``grid`` as two positive ints or raise ``ValueError`` naming what was got."""
     if len(grid) != 2 or any(isinstance(n, bool) or int(n) != n or n < 1 for n in grid):
-        raise ValueError(f"grid must be two positive integers (rows, columns), got {grid!r}")
+        raise InputError(f"grid must be two positive integers (rows, columns), got {grid!r}")
     return int(grid[0]), int(grid[1])
 
 
@@ -97,14 +99,14 @@ def grid_of(tokens: int, grid: Grid | None) -> Grid:
     if grid is None:
         side = int(math.sqrt(tokens))  # exact for squares, and what torch.compile can trace
         if side * side != tokens or not tokens:
-            raise ValueError(
+            raise InputError(
                 f"{tokens} visual tokens (CLS removed) form no square grid: pass grid=(rows, "
                 "columns), and check has_cls"
             )
         return side, side
     rows, columns = check_grid(grid)
     if rows * columns != tokens:
-        raise ValueError(
+        raise InputError(
             f"grid {rows}x{columns} has {rows * columns} cells, but there are {tokens} visual "
             "tokens (CLS removed)"
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.errors import InputError
+from visproj.files import TensorFile, entries_of, parse_dtype, replacing, write_safetensors
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
 
 PREFIX = "projection."
@@ -49,7 +49,7 @@ def load_visualchat_projector(
             projector = _build(state, vis_config, num_heads)
         projector.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}, below {PREFIX[:-1]}: {error}") from error
+        raise InputError(f"{path}, below {PREFIX[:-1]}: {error}") from error
     return projector
 
 
@@ -57,7 +57,6 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
     """The tensors under ``projection.``, copied out of their files."""
     from visproj.qwen_vl.checkpoint import LocalFiles, find_tensors
     from visproj.qwen_vl.keys import a_few
-    from visproj.qwen_vl.storage import TensorFile
 
     if path.is_dir():
         found, _, first_keys = find_tensors(LocalFiles(path), _is_ours)
@@ -66,7 +65,7 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
         found = {key: file for key in sorted(file.keys) if _is_ours(key)}
         first_keys = sorted(file.keys)[:5]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"{path} has no keys that begin with {PREFIX!r}, so it is no DeepSpeed-VisualChat "
             f"checkpoint; the first keys are {a_few(first_keys)}"
         )
@@ -86,7 +85,7 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
         return PerceiverProjector(vis_dim, width, query_grid=(side, side), num_heads=num_heads)
     if any(key.startswith("vis_layer.") for key in state):
         if vis_config is None:
-            raise ValueError(
+            raise InputError(
                 "this is a ViT projector, whose heads, activation and eps are not in the "
                 "checkpoint: pass the vision encoder's configuration as vis_config"
             )
@@ -97,7 +96,7 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
 
 def _matrix(state: dict[str, Tensor], key: str) -> tuple[int, int]:
     if key not in state or state[key].ndim != 2:
-        raise ValueError(f"no matrix {key}; there are {', '.join(sorted(state))}")
+        raise InputError(f"no matrix {key}; there are {', '.join(sorted(state))}")
     rows, columns = state[key].shape
     return rows, columns
 
@@ -118,21 +117,14 @@ def save_projector(projector: nn.Module, path: str | Path) -> None:
         OSError: If the file cannot be written.
         ValueError: If a tensor is not floating point, as in a quantised projector.
     """
-    from visproj.qwen_vl.storage import entries_of, parse_dtype, write_safetensors
-
     with _gathered(projector.parameters()):
         state = {key: _whole(tensor) for key, tensor in projector.state_dict().items()}
         for tensor in state.values():
             parse_dtype(tensor.dtype)
         if _rank() != 0:
             return
-        final = Path(path)
-        partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
-        try:
-            write_safetensors(partial, entries_of(state), lambda entry: None)
-            os.replace(partial, final)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            write_safetensors(partial, entries_of(state))
 
 
 def _rank() -> int:

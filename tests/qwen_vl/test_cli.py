@@ -52,7 +52,7 @@ def language_model_only(source):
 def damaged_shard(source):
     path = source / "model-00003-of-00004.safetensors"
     path.write_bytes(path.read_bytes()[:99])
-    return [source], f"{path} is no intact safetensors file"
+    return [source], f"{path} is not an intact safetensors file"
 
 
 def no_such_directory(source):

@@ -22,13 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import visproj
+from visproj import files as files_module
 from visproj.qwen_vl import (
     QwenVisionConfig,
     QwenVisionTransformer,
     extract_vision_encoder,
     render_summary,
 )
-from visproj.qwen_vl import storage as storage_module
 
 LAYOUTS = [(1, False), (2, True), (4, True), (4, False)]
 
@@ -101,7 +101,7 @@ def test_only_visual_shards_are_opened(tmp_path, format, monkeypatch):
     source = write_checkpoint(tmp_path / "full", format)
     (source / shard_name(format, 1, 4)).unlink()
     opened, read = [], []
-    real_open, real_tensor = storage_module.TensorFile.__init__, storage_module.TensorFile.tensor
+    real_open, real_tensor = files_module.TensorFile.__init__, files_module.TensorFile.tensor
 
     def record_open(self, path):
         opened.append(path.name)
@@ -111,8 +111,8 @@ def test_only_visual_shards_are_opened(tmp_path, format, monkeypatch):
         read.append(key)
         return real_tensor(self, key)
 
-    monkeypatch.setattr(storage_module.TensorFile, "__init__", record_open)
-    monkeypatch.setattr(storage_module.TensorFile, "tensor", record_tensor)
+    monkeypatch.setattr(files_module.TensorFile, "__init__", record_open)
+    monkeypatch.setattr(files_module.TensorFile, "tensor", record_tensor)
     summary = extract_vision_encoder(source, tmp_path / "encoder")
     assert opened == [shard_name(format, number, 4) for number in (2, 3, 4)]
     assert all(key.startswith(PREFIX) for key in read)
@@ -138,7 +138,7 @@ def test_bin_for_deepspeed_visualchat(tmp_path):
 def test_casting(tmp_path, dtype):
     source = write_checkpoint(tmp_path / "full")
     summary = extract_vision_encoder(source, tmp_path / "encoder", dtype=dtype)
-    wanted = storage_module.parse_dtype(dtype)
+    wanted = files_module.parse_dtype(dtype)
     expected = {name: tensor.to(wanted) for name, tensor in visual_tensors().items()}
     same(load_file(tmp_path / "encoder" / "model.safetensors"), expected)
     assert summary.dtypes == (str(wanted).removeprefix("torch."),)
@@ -220,21 +220,21 @@ def test_overwriting_is_one_step(tmp_path, monkeypatch):
     def refuse(first, second):
         raise AssertionError("the old encoder must not be moved away first")
 
-    monkeypatch.setattr(storage_module.os, "rename", refuse)
+    monkeypatch.setattr(files_module.os, "rename", refuse)
     extract_vision_encoder(source, target, dtype="float16", overwrite=True)
     assert QwenVisionTransformer.from_pretrained(target).conv1.weight.dtype == torch.float16
 
 
 def test_overwriting_without_an_atomic_exchange(tmp_path, monkeypatch):
     """Where the system cannot swap two names, two renames do, and a failing one is undone."""
-    monkeypatch.setattr(storage_module, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(files_module, "_exchange", lambda first, second: False)
     source, target = write_checkpoint(tmp_path / "full"), tmp_path / "encoder"
     extract_vision_encoder(source, target)
     extract_vision_encoder(source, target, dtype="float16", overwrite=True)
     before = snapshot(target)
     assert QwenVisionTransformer.from_pretrained(target).conv1.weight.dtype == torch.float16
 
-    real, calls = storage_module.os.rename, []
+    real, calls = files_module.os.rename, []
 
     def fail_once(first, second):
         calls.append(first)
@@ -242,7 +242,7 @@ def test_overwriting_without_an_atomic_exchange(tmp_path, monkeypatch):
             raise PermissionError(13, "no")
         real(first, second)
 
-    monkeypatch.setattr(storage_module.os, "rename", fail_once)
+    monkeypatch.setattr(files_module.os, "rename", fail_once)
     with pytest.raises(PermissionError, match="cannot write"):
         extract_vision_encoder(source, target, overwrite=True)
     assert snapshot(target) == before
@@ -279,6 +279,7 @@ def test_destination_through_a_link_and_in_new_folders(tmp_path):
 FAILURES = """
 import os, resource, signal, sys
 from pathlib import Path
+from visproj import files
 from visproj.qwen_vl import extract_vision_encoder, storage
 
 source, root = Path(sys.argv[1]), Path(sys.argv[2])
@@ -287,22 +288,22 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def at_tensor():
-    real, count = storage.tensor_bytes, []
+    real, count = files.tensor_bytes, []
     def stop(tensor):
         count.append(1)
         return die() if len(count) == 20 else real(tensor)
-    storage.tensor_bytes = stop
+    files.tensor_bytes = stop
 
 def before_replacing():
-    storage._replace = die
+    files._replace = die
 
 def after_replacing():
-    storage.shutil.rmtree = die
-    real = storage._replace
+    files.shutil.rmtree = die
+    real = files._replace
     def stop(*arguments):
         real(*arguments)
         die()
-    storage._replace = stop
+    files._replace = stop
 
 def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -381,7 +382,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(tensor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage_module, "tensor_bytes", interrupt)
+    monkeypatch.setattr(files_module, "tensor_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         extract_vision_encoder(source, tmp_path / "encoder")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

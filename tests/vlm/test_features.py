@@ -3,11 +3,9 @@ import errno
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from vlm.tiny import TinyEncoder, tiny_photograph
 
-from visproj.vlm import features as module
 from visproj.vlm.features import FeatureCache
 
 
@@ -103,28 +101,20 @@ def test_damaged_file_is_computed_again(tmp_path, photographs, damage):
     assert cache.encoder.batches == [1, 1]
 
 
-def full(*arguments):
+def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def full_in_safetensors(*arguments):
-    raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.parametrize(
-    ("name", "failure"),
-    [("os.replace", full), ("save_file", full), ("save_file", full_in_safetensors)],
-)
-def test_failing_write_leaves_nothing(tmp_path, photographs, monkeypatch, name, failure):
+@pytest.mark.parametrize("name", ["os.replace", "visproj.vlm.features.write_safetensors"])
+def test_a_full_disk_costs_the_cache_alone(tmp_path, photographs, monkeypatch, name):
     cache = FeatureCache(TinyEncoder(), tmp_path)
     cache(photographs[:1])
     before = list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(f"{module.__name__}.{name}", failure)
-        with pytest.raises(OSError, match=rf"cannot keep features in {tmp_path}: .*No space left"):
-            cache(photographs)
+        patch.setattr(name, full)
+        uncached = cache(photographs)
     assert list(tmp_path.iterdir()) == before
-    assert cache(photographs).shape == (3, 17, 32)
+    assert torch.equal(cache(photographs), uncached)
 
 
 def test_no_images(tmp_path):
@@ -135,5 +125,6 @@ def test_no_images(tmp_path):
 
 def test_folder_that_is_a_file(tmp_path, photographs):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(OSError, match="taken"):
-        FeatureCache(TinyEncoder(), tmp_path / "taken")(photographs)
+    found = FeatureCache(TinyEncoder(), tmp_path / "taken")(photographs)
+    assert torch.equal(found, FeatureCache(TinyEncoder())(photographs))
+    assert (tmp_path / "taken").read_text() == "mine"

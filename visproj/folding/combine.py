@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.folding.modules import (
     FORMAT,
     FoldedLinear,
@@ -101,7 +102,7 @@ def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> Fold
         metadata = file.metadata() or {}
         constants = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no folded projector of format {FORMAT}")
+        raise InputError(f"{path} holds no folded projector of format {FORMAT}")
     config = json.loads(metadata["config"])
     if metadata["class"] == "FoldedPerceiver":
         return FoldedPerceiver(config, constants)
@@ -119,7 +120,7 @@ def _check_whole(projector: nn.Module) -> None:
     """Raise where ZeRO-3 keeps a parameter in pieces."""
     for name, parameter in projector.named_parameters():
         if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
-            raise ValueError(
+            raise InputError(
                 f"cannot fold {type(projector).__name__}: ZeRO-3 keeps its {name} in pieces; fold "
                 "inside deepspeed.zero.GatheredParameters"
             )
@@ -133,7 +134,7 @@ def _kind(projector: nn.Module) -> type[nn.Module]:
             own = type(projector).forward is kind.forward
             if own and is_untouched(projector) and is_untouched(tail):
                 return kind
-            raise ValueError(
+            raise InputError(
                 f"cannot fold {type(projector).__name__}: a hook or a forward of its own would be "
                 "lost"
             )
@@ -169,7 +170,7 @@ def _fold_vit(projector: ViTProjector, dtype: torch.dtype | None, triton: bool) 
     parts = layer.named_modules()
     _check_plain({f"vis_layer.{n}": (m, _CLIP_PARTS.get(n, nn.Linear)) for n, m in parts})
     if layer.self_attn.dropout:
-        raise ValueError("cannot fold vis_layer: its attention has dropout")
+        raise InputError("cannot fold vis_layer: its attention has dropout")
     vision = dict(
         zip(
             VisionConfig.__annotations__,
@@ -202,7 +203,7 @@ def _fold_perceiver(
     _check_plain({name: (child, nn.LayerNorm) for name, child in norms.items()})
     _check_plain({"attn.out_proj": (attn.out_proj, NonDynamicallyQuantizableLinear)})
     if attn.dropout or not is_plain_attention(attn, projector.embed_dim):
-        raise ValueError(
+        raise InputError(
             "cannot fold attn: it must be a plain nn.MultiheadAttention without dropout, bias_k, "
             "add_zero_attn, adapters, hooks, quantised or sharded weights"
         )
@@ -327,7 +328,7 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def _check_plain(children: dict[str, tuple[nn.Module, type[nn.Module]]]) -> None:
     for name, (child, kind) in children.items():
         if not is_plain(child, kind):
-            raise ValueError(
+            raise InputError(
                 f"cannot fold {name}: it must be a plain {kind.__name__} without adapters, hooks, "
                 "parametrisations, quantised, sharded or missing weights, "
                 f"got {type(child).__name__}"

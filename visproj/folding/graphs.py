@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.errors import InputError
+
 _WARM_UP = 3  # compiles and tunes kernels and loads libraries, which a capture must not
 
 
@@ -34,7 +36,7 @@ def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
             autocast has freed them: pass ``cache_enabled=False`` to it.
     """
     if example.device.type != "cuda":
-        raise ValueError(f"a CUDA graph needs a CUDA device, got an example on {example.device}")
+        raise InputError(f"a CUDA graph needs a CUDA device, got an example on {example.device}")
     if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
         raise RuntimeError(
             "a graph recorded under autocast would read casts that autocast frees when it ends: "
@@ -64,7 +66,7 @@ class Graphed:
         """Replay the graph on ``x``."""
         wanted = (self.features.shape, self.features.dtype, self.features.device)
         if (x.shape, x.dtype, x.device) != wanted:
-            raise ValueError(
+            raise InputError(
                 f"the graph was recorded for {list(wanted[0])} in {wanted[1]} on {wanted[2]}, "
                 f"got {list(x.shape)} in {x.dtype} on {x.device}"
             )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visproj import ops
+from visproj.files import entries_of, replacing, write_safetensors
 from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
 from visproj.positions import Grid, PositionedModule, grid_of
@@ -49,14 +50,13 @@ class FoldedProjector(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, its metadata saying what was folded and for which grid."""
-        from safetensors.torch import save_file
-
         metadata = {
             "format": FORMAT,
             "class": type(self).__name__,
             "config": json.dumps(self.config),
         }
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(path), metadata)
+        with replacing(path) as partial:
+            write_safetensors(partial, entries_of(self.state_dict()), metadata=metadata)
 
     def extra_repr(self) -> str:
         """What was folded."""

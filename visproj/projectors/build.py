@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from visproj.errors import InputError
 from visproj.projectors.linear import LinearProjector
 from visproj.projectors.perceiver import PerceiverProjector
 from visproj.projectors.vit import ViTProjector
@@ -38,11 +39,11 @@ def build_projector(
         ValueError: If ``kind`` or ``encoder`` is unknown or they do not go together.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown projector kind {kind!r}, expected one of {', '.join(KINDS)}")
+        raise InputError(f"unknown projector kind {kind!r}, expected one of {', '.join(KINDS)}")
     if encoder not in ENCODERS:
-        raise ValueError(f"unknown encoder {encoder!r}, expected one of {', '.join(ENCODERS)}")
+        raise InputError(f"unknown encoder {encoder!r}, expected one of {', '.join(ENCODERS)}")
     if encoder == "qwen-vl" and kind != "baseline":
-        raise ValueError(
+        raise InputError(
             f"the qwen-vl encoder takes the baseline projector, not {kind!r}: it ends in a "
             "Perceiver resampler of its own and its 256 tokens hold no CLS"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from visproj.errors import InputError
 from visproj.ops.checks import check_floating
 
 
@@ -26,7 +27,7 @@ def vision_width(vis_config: object) -> int:
 def check_width(name: str, width: int) -> int:
     """Return ``width`` or raise ``ValueError`` if it is not positive."""
     if width < 1:
-        raise ValueError(f"{name} must be positive, got {width}")
+        raise InputError(f"{name} must be positive, got {width}")
     return width
 
 
@@ -34,7 +35,7 @@ def check_heads(width: int, heads: int) -> int:
     """Return ``heads`` or raise ``ValueError`` naming the head counts that divide ``width``."""
     if heads < 1 or width % heads:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
-        raise ValueError(
+        raise InputError(
             f"{heads} heads do not divide a width of {width}; pass num_heads as one of {divisors}"
         )
     return heads
@@ -49,6 +50,6 @@ def check_features(x: Tensor, width: int) -> None:
     """
     check_floating("visual features", x)
     if x.ndim < 2 or x.shape[-1] != width:
-        raise ValueError(
+        raise InputError(
             f"visual features must be [..., tokens, {width}], got shape {list(x.shape)}"
         )

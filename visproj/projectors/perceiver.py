@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj import ops
+from visproj.errors import InputError
 from visproj.ops.cross_attention import check_masks
 from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
@@ -237,7 +238,7 @@ class PerceiverProjector(PositionedModule):
         if not return_attention:
             return out, None
         if self.attn.training and getattr(self.attn, "dropout", None):
-            raise ValueError("attention maps need attn.dropout off: call eval() first")
+            raise InputError("attention maps need attn.dropout off: call eval() first")
         maps = self.attn(*tokens, average_attn_weights=False, **masks)[1]
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.

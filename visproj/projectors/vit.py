@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visproj.errors import InputError
 from visproj.ops.checks import check_alike
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
 from visproj.projectors.fusion import is_plain, linear_layer_norm, log_called
@@ -78,7 +79,7 @@ class CLIPMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(
+            raise InputError(
                 f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
             )
         self.hidden_act = config.hidden_act

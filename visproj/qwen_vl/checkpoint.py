@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from visproj.qwen_vl.config import CONFIG_NAME, QwenVisionConfig, read_json_object
+from visproj.errors import InputError
+from visproj.files import TensorFile, read_json_object
+from visproj.qwen_vl.config import CONFIG_NAME, QwenVisionConfig
 from visproj.qwen_vl.keys import a_few, check_shapes, config_from_shapes, encoder_key
-from visproj.qwen_vl.storage import BIN_NAME, SAFETENSORS_NAME, TensorFile
+from visproj.qwen_vl.storage import BIN_NAME, SAFETENSORS_NAME
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -145,7 +147,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     block = _visual_block(files)
     tensors, total_bytes, first_keys = find_tensors(files, lambda key: "visual" in key)
     if not tensors:
-        raise ValueError(
+        raise InputError(
             f"{files.name} has no keys that contain 'visual', so it is no Qwen-VL checkpoint; the "
             f"first keys are {a_few(first_keys)}"
         )
@@ -172,9 +174,9 @@ def find_tensors(
             keys = [key for key in sorted(file.keys) if wanted(key)]
         for key in keys:
             if key not in file.keys:
-                raise ValueError(f"the index says that {file.path} holds {key}, which it does not")
+                raise InputError(f"the index says that {file.path} holds {key}, which it does not")
             if key in tensors:
-                raise ValueError(f"{key} is in both {tensors[key].path} and {file.path}")
+                raise InputError(f"{key} is in both {tensors[key].path} and {file.path}")
             tensors[key] = file
     return tensors, total_bytes, first_keys[:5]
 
@@ -182,10 +184,10 @@ def find_tensors(
 def _files(source: str | Path, revision: str | None) -> Files:
     if Path(source).is_dir():
         if revision is not None:
-            raise ValueError(f"{source} is a directory, so there is no revision {revision}")
+            raise InputError(f"{source} is a directory, so there is no revision {revision}")
         return LocalFiles(Path(source))
     if Path(source).exists():
-        raise ValueError(f"{source} is a file: pass the directory that it is in")
+        raise InputError(f"{source} is a file: pass the directory that it is in")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise FileNotFoundError(
             f"{source} is no directory, and cannot be a model's name on the hub"
@@ -206,9 +208,9 @@ def _visual_block(files: Files) -> dict[str, Any] | None:
     try:
         block = read_json_object(path).get("visual")
     except ValueError as error:
-        raise ValueError(f"{files.name}: {error}") from error
+        raise InputError(f"{files.name}: {error}") from error
     if block is not None and not isinstance(block, dict):
-        raise ValueError(
+        raise InputError(
             f"{files.name}: visual in {CONFIG_NAME} is a {type(block).__name__}, not an object"
         )
     return block
@@ -225,7 +227,7 @@ def _find_shards(
             try:
                 return _read_index(files, index_path, wanted)
             except ValueError as error:
-                raise ValueError(f"{files.name}: {error}") from error
+                raise InputError(f"{files.name}: {error}") from error
         path = files.fetch(single)
         if path is not None:
             return {single: None}, path.stat().st_size, []
@@ -243,12 +245,12 @@ def _read_index(
     index = read_json_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path.name} has no weight_map")
+        raise InputError(f"{path.name} has no weight_map")
     shards: dict[str, list[str] | None] = {}
     for key, filename in weight_map.items():
         plain = isinstance(filename, str) and Path(filename).name == filename
         if not plain or not filename.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{path.name} maps {key} to {filename!r}, which is no shard's name")
+            raise InputError(f"{path.name} maps {key} to {filename!r}, which is no shard's name")
         if wanted(key):
             keys = shards.setdefault(filename, [])
             assert keys is not None
@@ -282,7 +284,7 @@ def _check(
         if short is None:
             continue
         if short in shapes:
-            raise ValueError(f"{name} holds {short} twice, once as {key}")
+            raise InputError(f"{name} holds {short} twice, once as {key}")
         names[key] = short
         shapes[short] = tuple(file.tensor(key).shape)
     notes = []
@@ -297,7 +299,7 @@ def _check(
             config = QwenVisionConfig.from_visual_block(block)
         check_shapes(shapes, config)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     dtypes = sorted({str(file.tensor(key).dtype) for key, file in tensors.items() if key in names})
     if len(dtypes) > 1:
         notes.append(f"tensors of several dtypes ({', '.join(dtypes)}): one can be chosen")

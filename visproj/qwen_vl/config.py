@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from visproj.errors import InputError
+from visproj.files import read_json_object, write_json
 from visproj.projectors.config import check_heads
 
 MODEL_TYPE = "qwen_vl_vision_encoder"
@@ -61,21 +62,21 @@ class QwenVisionConfig:
             else:
                 valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if not valid:
-                raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}")
+                raise InputError(f"{field.name} must be a positive {field.type}, got {value!r}")
         if self.layers > _MOST_LAYERS:
-            raise ValueError(f"layers must be at most {_MOST_LAYERS}, got {self.layers}")
+            raise InputError(f"layers must be at most {_MOST_LAYERS}, got {self.layers}")
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
         for name in ("n_queries", "positions"):
             value = getattr(self, name)
             if math.isqrt(value) ** 2 != value:
-                raise ValueError(f"{name} must be a square number, got {value}")
+                raise InputError(f"{name} must be a square number, got {value}")
         if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+            raise InputError(f"heads {self.heads} do not divide width {self.width}")
         if self.output_dim % 4:
-            raise ValueError(f"output_dim must be a multiple of 4, got {self.output_dim}")
+            raise InputError(f"output_dim must be a multiple of 4, got {self.output_dim}")
         check_heads(self.output_dim, self.pool_heads)
 
     @property
@@ -100,11 +101,11 @@ class QwenVisionConfig:
         wanted = ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "output_dim")
         missing = [name for name in wanted if name not in block]
         if missing:
-            raise ValueError(f"the visual block lacks {', '.join(missing)}")
+            raise InputError(f"the visual block lacks {', '.join(missing)}")
         numbers = {name: block[name] for name in wanted if name != "mlp_ratio"}
         ratio, width = block["mlp_ratio"], block["width"]
         if not all(_is_finite_number(number) for number in (ratio, width)):
-            raise ValueError(f"width and mlp_ratio must be numbers, got {width!r} and {ratio!r}")
+            raise InputError(f"width and mlp_ratio must be numbers, got {width!r} and {ratio!r}")
         mlp_width = int(width * ratio)
         return cls(**numbers, mlp_width=mlp_width, n_queries=block.get("n_queries", 256))
 
@@ -118,14 +119,14 @@ class QwenVisionConfig:
         """
         kind = values.get("model_type")
         if kind != MODEL_TYPE:
-            raise ValueError(
+            raise InputError(
                 f"model_type is {kind!r}, not {MODEL_TYPE!r}: extract the encoder from its "
                 "checkpoint first, with `visproj extract`"
             )
         numbers = {name: value for name, value in values.items() if name not in _DERIVED}
         unknown = sorted(numbers.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown entries {', '.join(unknown)}")
+            raise InputError(f"unknown entries {', '.join(unknown)}")
         return cls(**numbers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class QwenVisionConfig:
         try:
             return cls.from_dict(read_json_object(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error}") from error
 
     def save(self, directory: str | Path) -> None:
         """Write ``config.json`` into a directory."""
@@ -178,26 +179,6 @@ def preprocessor_settings(config: QwenVisionConfig) -> dict[str, Any]:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose outermost value is an object.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} holds a {type(values).__name__}, not an object")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as indented JSON."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_finite_number(value: object) -> bool:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from visproj.errors import InputError
+from visproj.files import Entry, parse_dtype
 from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
 from visproj.qwen_vl.config import QwenVisionConfig
 from visproj.qwen_vl.keys import expected_shapes
-from visproj.qwen_vl.storage import Entry, check_destination, parse_dtype, write_encoder
+from visproj.qwen_vl.storage import check_destination, write_encoder
 
 FORMATS = ("safetensors", "bin")
 
@@ -97,8 +99,9 @@ def extract_vision_encoder(
     started = time.perf_counter()
     wanted = parse_dtype(dtype)
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    final = check_destination(destination, overwrite)
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    final = Path(destination).resolve()
+    check_destination(final, overwrite)
     checkpoint = open_checkpoint(source, revision)
     entries = _entries(checkpoint, wanted)
     with _bar(len(entries), progress) as on_written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from visproj.errors import InputError
 from visproj.qwen_vl.config import QwenVisionConfig
 
 Shape = tuple[int, ...]
@@ -106,11 +107,11 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
 
     def shape_of(name: str, ndim: int) -> Shape:
         if name not in shapes:
-            raise ValueError(
+            raise InputError(
                 f"cannot tell the architecture without {name}; there are {a_few(shapes)}"
             )
         if len(shapes[name]) != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions, got {list(shapes[name])}")
+            raise InputError(f"{name} must have {ndim} dimensions, got {list(shapes[name])}")
         return shapes[name]
 
     width, _, patch_size, _ = shape_of("conv1.weight", 4)
@@ -150,7 +151,7 @@ def check_shapes(found: Mapping[str, Shape], config: QwenVisionConfig) -> None:
             + a_few([f"{name} {list(found[name])}, not {list(wanted[name])}" for name in misshapen])
         )
     if complaints:
-        raise ValueError(
+        raise InputError(
             f"the tensors are not those of the encoder that the config describes: "
             f"{'; '.join(complaints)}"
         )

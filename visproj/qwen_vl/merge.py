@@ -11,18 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
-from visproj.qwen_vl.config import QwenVisionConfig
-from visproj.qwen_vl.keys import PREFIX, checkpoint_key
-from visproj.qwen_vl.storage import (
+from visproj.errors import InputError
+from visproj.files import (
     TensorFile,
     cast,
-    open_encoder,
+    refuse_existing,
     save_bin,
     staged_directory,
     sync,
     tensor_bytes,
 )
+from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
+from visproj.qwen_vl.config import QwenVisionConfig
+from visproj.qwen_vl.keys import PREFIX, checkpoint_key
+from visproj.qwen_vl.storage import open_encoder
 
 
 def merge_into(
@@ -53,12 +55,11 @@ def merge_into(
     root = Path(checkpoint_dir)
     if not root.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is no directory")
-    if Path(destination).exists():
-        raise FileExistsError(f"{destination} exists: choose another destination")
+    refuse_existing(Path(destination))
     checkpoint = open_checkpoint(root)
     config = QwenVisionConfig.from_pretrained(encoder_dir)
     if config.heads != checkpoint.config.heads and not checkpoint.config_assumed:
-        raise ValueError(
+        raise InputError(
             f"the encoder has {config.heads} heads, the checkpoint's {checkpoint.config.heads}"
         )
     encoder = open_encoder(Path(encoder_dir), checkpoint.config)
@@ -83,7 +84,7 @@ def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
     for name in checkpoint.names.values():
         key = checkpoint_key(name, wrapper)
         if key not in checkpoint.tensors:
-            raise ValueError(f"{checkpoint.name} has visual keys with several prefixes, not {key}")
+            raise InputError(f"{checkpoint.name} has visual keys with several prefixes, not {key}")
         replaced.setdefault(checkpoint.tensors[key].path, {})[key] = name
     return replaced
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_floating
 from visproj.positions import Grid, PositionedModule
 from visproj.projectors import PerceiverProjector
@@ -169,10 +170,10 @@ class QwenVisionTransformer(PositionedModule):
         check_device("pixel_values", pixel_values, "conv1.weight", self.conv1.weight)
         shape = list(pixel_values.shape)
         if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"pixel_values must be [B, 3, h, w], got shape {shape}")
+            raise InputError(f"pixel_values must be [B, 3, h, w], got shape {shape}")
         patch = self.config.patch_size
         if any(side % patch or not side for side in shape[2:]):
-            raise ValueError(
+            raise InputError(
                 f"the sides of an image must be positive multiples of {patch}, got "
                 f"{shape[2]}x{shape[3]}"
             )
@@ -248,6 +249,7 @@ class QwenVisionTransformer(PositionedModule):
             ValueError: If the module holds other tensors than its config says, as with adapters
                 that were not merged.
         """
-        from visproj.qwen_vl.storage import entries_of, write_encoder
+        from visproj.files import entries_of
+        from visproj.qwen_vl.storage import write_encoder
 
         write_encoder(destination, self.config, entries_of(self.state_dict()), overwrite=overwrite)

@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from visproj.errors import MissingPackageError
+
 
 def bundled_file(package: str, relative: str) -> Path:
     """Path of ``relative`` inside the installed ``package``.
@@ -13,7 +15,7 @@ def bundled_file(package: str, relative: str) -> Path:
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"the package {package} is not installed", name=package)
+        raise MissingPackageError(f"the package {package} is not installed", name=package)
     path = Path(spec.submodule_search_locations[0], relative)
     if not path.is_file():
         raise FileNotFoundError(f"the installed package {package} has no file {relative}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
 from visproj.vlm.photographs import free_name, read_rgb
 
@@ -48,12 +49,12 @@ def load_captions(folder: Path | None = None) -> list[CaptionedPhotograph]:
         where = f"{file}, line {number}"
         path, captions = _parse(line, where)
         if path in line_of:
-            raise ValueError(f"{where}: the image {path} was on line {line_of[path]} already")
+            raise InputError(f"{where}: the image {path} was on line {line_of[path]} already")
         line_of[path] = number
         name = free_name(path.stem, {photograph.name for photograph in loaded})
         loaded.append(CaptionedPhotograph(name, _read(folder, path, where), captions))
     if not loaded:
-        raise ValueError(f"{file} has no lines")
+        raise InputError(f"{file} has no lines")
     return loaded
 
 
@@ -62,36 +63,36 @@ def _parse(line: bytes, where: str) -> tuple[Path, tuple[str, ...]]:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error})") from error
+        raise InputError(f"{where}: not UTF-8 ({error})") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: not a JSON object but {line.decode('utf-8-sig').strip():.40}")
+        raise InputError(f"{where}: not a JSON object but {line.decode('utf-8-sig').strip():.40}")
     if unknown := sorted(entry.keys() - {"image", "caption", "captions"}):
-        raise ValueError(f"{where}: unknown keys {unknown}")
+        raise InputError(f"{where}: unknown keys {unknown}")
     if "image" not in entry:
-        raise ValueError(f"{where}: the key image is missing")
+        raise InputError(f"{where}: the key image is missing")
     if ("caption" in entry) == ("captions" in entry):
-        raise ValueError(f"{where}: one of the keys caption and captions is needed, not both")
+        raise InputError(f"{where}: one of the keys caption and captions is needed, not both")
     return _image_path(entry["image"], where), _captions(entry, where)
 
 
 def _image_path(image: object, where: str) -> Path:
     if not _is_text(image):
-        raise ValueError(f"{where}: image is {image!r}, not a path")
+        raise InputError(f"{where}: image is {image!r}, not a path")
     path = Path(str(image))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{where}: the image {image} leaves the folder of the captions file")
+        raise InputError(f"{where}: the image {image} leaves the folder of the captions file")
     return path
 
 
 def _captions(entry: dict[str, object], where: str) -> tuple[str, ...]:
     captions = entry["captions"] if "captions" in entry else [entry["caption"]]
     if not isinstance(captions, list) or not captions:
-        raise ValueError(f"{where}: captions is {captions!r}, not a list of texts")
+        raise InputError(f"{where}: captions is {captions!r}, not a list of texts")
     for caption in captions:
         if not _is_text(caption):
-            raise ValueError(f"{where}: the caption {caption!r} is not a text, or is blank")
+            raise InputError(f"{where}: the caption {caption!r} is not a text, or is blank")
     return tuple(caption.strip() for caption in captions)
 
 
@@ -108,4 +109,4 @@ def _read(folder: Path | None, path: Path, where: str) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error

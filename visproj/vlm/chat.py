@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from visproj.errors import InputError
 from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, load_encoder
 from visproj.vlm.figures import answer_attention_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, NAME, load_language_model
@@ -154,9 +155,9 @@ def find_projector(path: Path) -> Path:
 
 def _check_picture(path: Path, images: int) -> None:
     if images > 1:
-        raise ValueError(f"the attention is drawn over one image, not over {images}")
+        raise InputError(f"the attention is drawn over one image, not over {images}")
     if path.suffix.lower() != ".png":
-        raise ValueError(f"the picture of the attention is a PNG, call it .png, not {path.name}")
+        raise InputError(f"the picture of the attention is a PNG, call it .png, not {path.name}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder for the picture of the attention: {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -166,7 +167,7 @@ def _check_picture(path: Path, images: int) -> None:
 def _check_prompt(prompt: str, images: int) -> None:
     found = prompt.count(IMAGE_TOKEN)
     if found not in (0, images):
-        raise ValueError(
+        raise InputError(
             f"{IMAGE_TOKEN} is in the prompt {found} times, the number of images is {images}"
         )
 
@@ -238,7 +239,7 @@ def _attention(language_model: Any, prefix: Tensor, ids: Sequence[int]) -> Tenso
         language_model.set_attn_implementation(before)
     layers = [weights[0, :, -len(ids) :] for weights in out.attentions or () if weights is not None]
     if not layers:
-        raise ValueError("the language model gives no attention weights")
+        raise InputError("the language model gives no attention weights")
     return torch.stack([weights.float().mean(0) for weights in layers]).mean(0)
 
 
@@ -272,7 +273,7 @@ def _draw(
     special = set(model.tokenizer.all_special_ids)
     shown = [index for index, token in enumerate(answer.ids) if token not in special]
     if not shown:
-        raise ValueError("the answer is empty: there is no attention to draw")
+        raise InputError("the answer is empty: there is no attention to draw")
     weights = attention_to_patches(model, model.features([image]), prompt, answer.ids)
     words, weights = join_words([answer.pieces[index] for index in shown], weights[shown])
     eye = model.encoder

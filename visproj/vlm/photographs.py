@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
+from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
 
 SAMPLES = ("china.jpg", "flower.jpg")
@@ -60,10 +61,10 @@ def read_rgb(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {path} as an image: {error}") from error
+        raise InputError(f"cannot read {path} as an image: {error}") from error
     # Pillow clips these to 255 where it converts them at all: a white picture and no error.
     if upright.mode.startswith(("I", "F")):
-        raise ValueError(
+        raise InputError(
             f"{path} has pixels of mode {upright.mode}, convert it to 8 bits a channel"
         )
     if upright.has_transparency_data:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from visproj.errors import InputError
 from visproj.projectors import build_projector
 from visproj.vlm.encoders import VisionEncoder
 
@@ -75,7 +76,7 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
         if Path(encoder.name).name == Path(self.encoder).name and given == wanted:
             return
         differing = [f"{key} {given[key]}" for key in given if given[key] != wanted.get(key)]
-        raise ValueError(
+        raise InputError(
             f"the projector was trained with the encoder {self.encoder}, not with {encoder.name}"
             + (f" ({', '.join(differing)})" if differing else "")
         )
@@ -162,7 +163,7 @@ def load_pretrained(directory: str | Path) -> PretrainedProjector:
         return PretrainedProjector.from_pretrained(directory)
     except (RuntimeError, SafetensorError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load the projector in {directory}: {reason}") from error
+        raise InputError(f"cannot load the projector in {directory}: {reason}") from error
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:

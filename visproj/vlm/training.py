@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visproj.files import cache_folder
 from visproj.vlm.captions import CaptionedPhotograph, load_captions
 from visproj.vlm.encoders import load_encoder
 from visproj.vlm.figures import loss_figure, save_figure
-from visproj.vlm.language import cache_folder, load_language_model
+from visproj.vlm.language import load_language_model
 from visproj.vlm.loop import (
     STATE_NAME,
     Step,
@@ -140,7 +141,7 @@ def run_training(
         projector.module,
         language_model.to(device),
         tokenizer,
-        cache_dir=cache_folder() / "features",
+        cache_dir=None if (cache := cache_folder()) is None else cache / "features",
     )
     if device.type == "cpu":  # where the backward of fused attention costs a step 15 % more
         language_model.set_attn_implementation("eager")

@@ -5,6 +5,8 @@ import random
 
 from PIL import Image, ImageOps
 
+from visproj.errors import InputError
+
 SMALLEST = 0.6  # side of a training view, in shorter sides of the image
 CORNER = 0.75  # side of the held-out corner crop, in the same unit
 COARSE = 96  # pixels
@@ -22,7 +24,7 @@ def training_views(image: Image.Image, count: int, seed: int) -> list[Image.Imag
         ValueError: ``count`` is less than 1.
     """
     if count < 1:
-        raise ValueError(f"count is {count}, at least 1 view is needed")
+        raise InputError(f"count is {count}, at least 1 view is needed")
     width, height = image.size
     shorter = min(image.size)
     generator = random.Random(seed)

@@ -1,0 +1,386 @@
+"""Opening weight files of any kind, replacing files and directories whole, and the cache folder.
+
+A leaf: it imports nothing of visproj but its errors, so that the kernels may use it as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visproj.errors import InputError
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for everything visproj keeps between runs, or None where there is none.
+
+    ``VISPROJ_CACHE_DIR``, else ``visproj`` below ``XDG_CACHE_HOME``, else ``.cache/visproj`` below
+    the home directory. The folder need not exist, and it may turn out not to be writable: a cache
+    costs time where it cannot be had, never the run.
+    """
+    if chosen := os.environ.get("VISPROJ_CACHE_DIR"):
+        return Path(chosen)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared, "visproj")
+    try:
+        return Path.home() / ".cache" / "visproj"
+    except RuntimeError:  # no HOME, and a user without an entry in the password file
+        return None
+
+
+def check_weight_file(path: Path) -> None:
+    """Raise if ``path`` is missing or is something that stands in the place of a weight file.
+
+    Downloads leave Git LFS pointers, web pages, error messages and empty files behind.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is one of these; the message names which.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        raise InputError(f"{path} is empty: download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path} is a web page, not a weight file: download it again")
+    if all(byte in _TEXT for byte in start):
+        shown = " ".join(start.decode("ascii").split())[:40]
+        raise InputError(f"{path} is text ({shown!r}), not a weight file: download it again")
+
+
+_TEXT = frozenset(b"\t\r\n" + bytes(range(32, 127)))
+
+
+class TensorFile:
+    """The tensors of one ``.safetensors`` or ``.bin`` file, mapped: only what is used is read.
+
+    ``metadata`` is what a safetensors file says of itself, and empty for a ``.bin``.
+
+    A ``.bin`` is read by PyTorch's restricted unpickler, which builds tensors and runs no code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is damaged or holds something else than tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        check_weight_file(path)
+        self.keys: frozenset[str]
+        self.metadata: dict[str, str] = {}
+        self._get: Callable[[str], Any]
+        if path.suffix == ".safetensors":
+            self._open_safetensors()
+        else:
+            self._open_bin()
+
+    def _open_safetensors(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            handle = safe_open(self.path, framework="pt", device="cpu")
+            self.keys = frozenset(handle.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{self.path} is not an intact safetensors file ({error})") from error
+        self.metadata = handle.metadata() or {}
+        self._get = handle.get_tensor
+
+    def _open_bin(self) -> None:
+        if not zipfile.is_zipfile(self.path):
+            raise InputError(
+                f"{self.path} is truncated, or was written by torch.save before PyTorch 1.6 and "
+                "cannot be mapped: load and save it again"
+            )
+        try:
+            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            found = f" ({name[1]})" if name else ""
+            raise InputError(
+                f"{self.path} is damaged or holds pickled objects that are no tensors{found}; "
+                "refused, nothing in it was executed"
+            ) from error
+        except Exception as error:  # a damaged pickle can raise anything
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(f"{self.path} is damaged ({reason})") from error
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise InputError(
+                f"{self.path} holds a {type(state).__name__}, not a dict of named tensors"
+            )
+        self.keys = frozenset(state)
+        self._get = state.__getitem__
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor whose bytes are still in the file.
+
+        Raises:
+            ValueError: If there is no such key, or what it holds is no plain floating tensor.
+        """
+        if key not in self.keys:
+            raise InputError(f"{self.path} holds no tensor {key}")
+        tensor = self._get(key)
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{key} in {self.path} is a {type(tensor).__name__}, not a tensor")
+        plain = (
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+            and tensor.dtype in SAFETENSORS_DTYPES
+        )
+        if not plain:
+            raise InputError(
+                f"{key} in {self.path} must be a plain tensor of {', '.join(DTYPES)}, got a "
+                f"{tensor.layout} {type(tensor).__name__} of {tensor.dtype} on {tensor.device.type}"
+            )
+        return tensor.detach()
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype from itself or its name.
+
+    Raises:
+        ValueError: If it is not one of those that can be written.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in SAFETENSORS_DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return found
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``, itself where it is already.
+
+    Raises:
+        ValueError: If a finite number overflows.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and result.isinf().any():
+        finite = tensor[tensor.isfinite()]
+        if finite.to(dtype).isinf().any():
+            raise InputError(
+                f"{name} holds numbers up to {finite.abs().max().item():.3g}, too large for {dtype}"
+            )
+    return result
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Entries for tensors that are in memory."""
+    return [
+        Entry(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
+        for name, tensor in tensors.items()
+    ]
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The tensor's data, row-major; copied only where it does not lie like that."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_safetensors(
+    path: Path,
+    entries: Sequence[Entry],
+    on_written: Callable[[Entry], None] = lambda entry: None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time.
+
+    safetensors' own writer wants all of them at once, and before its release 0.8 it copies each of
+    them besides.
+    """
+    # Wider numbers first keeps every tensor aligned.
+    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": SAFETENSORS_DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in entries:
+            file.write(tensor_bytes(cast(entry.name, entry.load(), entry.dtype)))
+            on_written(entry)
+        sync(file.fileno())
+
+
+def save_bin(state: Mapping[str, Any], path: Path) -> None:
+    """``torch.save`` whose disk errors are told as such."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # PyTorch's writer hides the OSError behind its own
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
+        file.flush()
+        sync(file.fileno())
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose outermost value is an object.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path.name} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a name to write to, which takes the place of ``path`` once the block has succeeded.
+
+    On any failure what was at ``path`` stays as it was.
+
+    Raises:
+        OSError: If something cannot be written; the message names ``path``.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        os.replace(partial, final)
+    except OSError as error:
+        raise type(error)(f"cannot write {final}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ``FileExistsError`` if there is anything at ``path``."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists: choose another destination")
+
+
+@contextmanager
+def staged_directory(
+    destination: str | Path, check: Callable[[Path], None] = refuse_existing
+) -> Iterator[Path]:
+    """Yield a fresh directory that takes the place of ``destination`` once the block has succeeded.
+
+    On any failure it is removed and the destination untouched; a killed process leaves it behind
+    under the name ``.<destination>.partial-*``. Replacing is one exchange of two names where the
+    system has it (Linux), two renames elsewhere.
+
+    Args:
+        destination: The directory to be.
+        check: Raises unless what is at the destination by now may be replaced.
+
+    Raises:
+        FileExistsError: As ``check`` does.
+        OSError: If something cannot be written; the message names the destination.
+    """
+    final = Path(destination).resolve()
+    check(final)
+    staging = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+    try:
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            _sync_directory(staging)
+            check(final)
+            _replace(final, staging, final.exists())
+            _sync_directory(final.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(f"cannot write {final}: {error.strerror}") from error
+
+
+def _replace(final: Path, staging: Path, exists: bool) -> None:
+    if not exists:
+        os.rename(staging, final)
+        return
+    if not _exchange(staging, final):
+        old = final.with_name(f"{staging.name}-old")
+        os.rename(final, old)
+        try:
+            os.rename(staging, final)
+        except OSError:
+            os.rename(old, final)
+            raise
+        staging = old
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step, or say that this system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def sync(descriptor: int) -> None:
+    """Bring an open file to the disk."""
+    os.fsync(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
