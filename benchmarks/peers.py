@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visproj.clip import CLIPAttention, VisionConfig
 from visproj.positions import (
     Grid,
     PositionCache,
@@ -22,7 +23,7 @@ from visproj.positions import (
     resize_position_table,
     sincos_position_table,
 )
-from visproj.projectors.vit import CLIPAttention, VisionConfig, ViTProjector
+from visproj.projectors.vit import ViTProjector
 
 
 class UpstreamPerceiver(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from visproj import PerceiverProjector, build_projector
+from visproj.fusion import why_not_plain
 
 VIS_CONFIG = SimpleNamespace(
     hidden_size=32,
@@ -85,3 +86,11 @@ def attention(module, q, k, v):
 
 def features(batch, tokens, width=32, dtype=torch.float64, device="cpu"):
     return torch.randn(batch, tokens, width, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def is_plain(child, kind):
+    """Whether a module that holds ``child`` may read it."""
+    holder = nn.Module()
+    holder.child = child
+    children = {f"child.{name}": type(module) for name, module in child.named_children()}
+    return why_not_plain(holder, {"child": kind, **children}) is None

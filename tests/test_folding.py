@@ -419,11 +419,14 @@ REFUSED = {
     "hook on attn": (hooked("attn"), "cannot fold attn"),
     "quantised": (quantise, "cannot fold kv_proj"),
     "parametrised": (parametrise, "cannot fold kv_proj"),
-    "hook on the projector": (hooked(""), "hook or a forward of its own"),
-    "hook on the tail": (hooked("projection"), "hook or a forward of its own"),
-    "replaced forward": (replace_forward, "hook or a forward of its own"),
+    "hook on the projector": (hooked(""), "cannot fold PerceiverProjector: it has forward_hooks"),
+    "hook on the tail": (
+        hooked("projection"),
+        "cannot fold projection of .*: it has forward",
+    ),
+    "replaced forward": (replace_forward, "its forward was replaced"),
     "no gain": (lambda p: setattr(p, "ln_q", nn.LayerNorm(64, elementwise_affine=False)), "ln_q"),
-    "dropout": (set_dropout, "without dropout"),
+    "dropout": (set_dropout, "cannot fold attn of .*: its dropout is active"),
     "bias_k": (replace_attention(add_bias_kv=True), "bias_k"),
     "add_zero_attn": (replace_attention(add_zero_attn=True), "add_zero_attn"),
 }
@@ -441,8 +444,9 @@ def test_refused(case):
 @pytest.mark.parametrize("kind", ["baseline", "vit"])
 def test_refused_tails(kind):
     projector = make(kind)
-    wrap("0" if kind == "baseline" else "projection.0")(projector)
-    with pytest.raises(ValueError, match="cannot fold Linear"):
+    child = "0" if kind == "baseline" else "projection.0"
+    wrap(child)(projector)
+    with pytest.raises(ValueError, match=rf"cannot fold {child} of .*: it is a .*\.Wrapped"):
         fold(projector)
 
 
@@ -458,7 +462,7 @@ def test_refused_subclass():
 def test_refused_clip_layers():
     projector = make("vit")
     projector.vis_layer.self_attn.dropout = 0.5
-    with pytest.raises(ValueError, match="its attention has dropout"):
+    with pytest.raises(ValueError, match="its dropout is active"):
         fold(projector)
     projector = make("vit")
     hooked("vis_layer.mlp.fc1")(projector)
@@ -469,7 +473,7 @@ def test_refused_clip_layers():
 def test_refused_types():
     with pytest.raises(TypeError, match="cannot fold a Linear"):
         fold(nn.Linear(2, 3))
-    with pytest.raises(TypeError, match="has no grid to fold for"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'grid'"):
         fold(LinearProjector(4, 8), grid=(2, 2))
 
 
@@ -493,3 +497,37 @@ def test_without_biases():
     projector.projection[1].bias = None
     x = features(1, 17)
     torch.testing.assert_close(fold(projector, grid=(4, 4))(x), projector(x), **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["vit", "perceiver"])
+def test_dropout_folds_in_eval_mode(kind):
+    """It acts after the softmax, and never in eval mode; the folded form has none in either."""
+    projector = make(kind)
+    attention = projector.attn if kind == "perceiver" else projector.vis_layer.self_attn
+    attention.dropout = 0.5
+    with pytest.raises(ValueError, match="its dropout is active"):
+        fold(projector)
+    x = features(1, 257)
+    folded = fold(projector.eval())
+    torch.testing.assert_close(folded(x), projector(x), **EXACT)
+    assert torch.equal(folded.train()(x), folded.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@FORMS
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_products_are_quantised(kind, triton):
+    """Tools that exchange Linears find the folded ones, and what they put there is called."""
+    folded = fold(make(kind, dtype=torch.float32), triton=triton)
+    quantised = torch.ao.quantization.quantize_dynamic(folded, {nn.Linear}, dtype=torch.qint8)
+    x = features(2, 17, dtype=torch.float32)
+    error = rms_error(quantised(x), folded(x))
+    # 8 bits per product: 2**-8 of the largest of some 30 to 60 terms, in two or three products.
+    assert 1e-3 < error < 0.1
+
+
+def test_a_folded_weight_that_requires_gradients_is_refused():
+    folded = fold(make("perceiver"))
+    folded.kv.linear.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
+        folded(features(1, 17))

@@ -10,7 +10,7 @@ from helpers import features, make, rms_error
 
 from benchmarks import model
 from visproj import LinearProjector, PerceiverProjector, fold, graphed, load_folded, use_backend
-from visproj.folding.combine import _will_run_triton
+from visproj.folding.modules import folds_for_triton
 from visproj.reference import projector_ref
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -98,10 +98,10 @@ def test_either_form_runs_on_either_backend(kind, triton, device):
 def test_the_form_follows_the_backend(device):
     projector = build("perceiver", torch.float32, device)
     with use_backend("triton"):
-        assert "out_stats_weight" in fold(projector).state_dict()
-        assert not _will_run_triton(projector, torch.float64)
+        assert "tail.factor" in fold(projector).state_dict()
+        assert not folds_for_triton(projector.query, torch.float64)
     with use_backend("torch"):
-        assert "out_stats_weight" not in fold(projector).state_dict()
+        assert "tail.factor" not in fold(projector).state_dict()
 
 
 def test_attention_maps(device):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visproj.clip import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 from visproj.errors import InputError
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
-from visproj.projectors.vit import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 _PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
 # Containers of transformers' that ours take the place of; every other child is carried over.
@@ -221,8 +220,8 @@ def _vit(module: Any) -> nn.Module:
 
 def _clip_config(
     width: int, intermediate: int, heads: int, activation: str, dropout: float
-) -> SimpleNamespace:
-    return SimpleNamespace(
+) -> VisionConfig:
+    return VisionConfig(
         hidden_size=width,
         intermediate_size=intermediate,
         num_attention_heads=heads,

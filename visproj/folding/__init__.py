@@ -1,24 +1,63 @@
 """Trained projectors turned into an exact inference form that needs half the arithmetic or less.
 
-A LayerNorm behind a Linear is a row scale: with the weight centred over its outputs,
-``LN(x Wᵀ + b) = rstd * (x W_cᵀ + b_c) * gain + shift``, and ``rstd`` follows from the small
-triangular QR factor of ``[W_c | b_c]``. So the Perceiver's ``kv_proj``, ``ln_kv`` and its key and
-value projections become one product of width ``2 D`` with the input itself, and the queries a
-constant. For the Triton kernels, which skip the zero half of a triangle, ``out_proj``, the
-LayerNorm behind it and the last Linear become one product as well. Weights are combined once, in
-fp64.
+A LayerNorm after a Linear only rescales each row (:mod:`visproj.folding.algebra`). So the
+Perceiver's ``kv_proj``, ``ln_kv`` and its key and value projections become one product of width
+``2 D`` with the features themselves, and the queries a constant. For the Triton kernels, which skip
+the zero half of a triangle, ``out_proj``, the LayerNorm after it and the last Linear become one
+product as well. Weights are combined once, in fp64.
 """
 
-from visproj.folding.combine import fold, load_folded
+from typing import Any
+
+from torch import nn
+
+from visproj.folding.files import load_folded
 from visproj.folding.graphs import graphed
-from visproj.folding.modules import FoldedLinear, FoldedPerceiver, FoldedProjector, FoldedViT
+from visproj.folding.modules import (
+    FoldedLinear,
+    FoldedPerceiver,
+    FoldedProjector,
+    FoldedViT,
+    ScaledLinear,
+)
 
 __all__ = [
     "FoldedLinear",
     "FoldedPerceiver",
     "FoldedProjector",
     "FoldedViT",
+    "ScaledLinear",
     "fold",
     "graphed",
     "load_folded",
 ]
+
+
+def fold(projector: nn.Module, **options: Any) -> FoldedProjector:
+    """Turn a trained projector into its exact inference form: ``projector.fold(**options)``.
+
+    The projector is left as it is. The result is called like it, holds the combined weights and
+    refuses gradients; ``folded.save(path)`` writes it and :func:`load_folded` reads it back.
+    Attention dropout acts after the softmax, so a projector in eval mode folds at any rate.
+
+    Args:
+        projector: A :class:`visproj.LinearProjector`, :class:`visproj.ViTProjector`,
+            :class:`visproj.PerceiverProjector` or anything else with a ``fold`` method of its own.
+        **options: ``dtype`` of the folded weights, the projector's own by default; they are
+            combined in fp64. ``triton``: whether to fold for the Triton kernels, which skip the
+            zero half of a triangular factor, or for PyTorch, which does not; by default for
+            whichever runs on the projector's device. Either form runs on both, the other one
+            slower: set it to fold on one machine for another. ``grid``, of a Perceiver: the grid of
+            the features that it will see most, for which positions are kept ready; its query grid
+            by default. Other grids stay possible.
+
+    Raises:
+        TypeError: If ``projector`` cannot be folded, or does not take an option.
+        InputError: If the projector or a layer of it carries an adapter, a hook or a
+            parametrisation, is quantised or sharded, or if its attention has active dropout,
+            ``bias_k`` or ``add_zero_attn``. Under ZeRO-3 gather its parameters around the call.
+    """
+    own = getattr(projector, "fold", None)
+    if not isinstance(projector, nn.Module) or not callable(own):
+        raise TypeError(f"cannot fold a {type(projector).__name__}")
+    return own(**options)

@@ -9,22 +9,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visproj import ops
+from visproj.checks import check_features
+from visproj.errors import InputError
 from visproj.files import entries_of, replacing, write_safetensors
+from visproj.folding.algebra import Scaled, fold_linear_norm, or_zeros
+from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain, why_touched
 from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
-from visproj.positions import Grid, PositionedModule, grid_of
-from visproj.projectors.config import check_features
-from visproj.projectors.perceiver import flatten_batch, unflatten_batch
+from visproj.positions import Grid
+from visproj.resampler import Resampler
 
-FORMAT = "visproj-folded-2"
+FORMAT = "visproj-folded-3"
+
+
+class ScaledLinear(nn.Module):
+    """A Linear whose rows are scaled by the norm of a triangular product of the same input.
+
+    ``rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``. The product is
+    an ``nn.Linear`` of its own, read where it is plain and called where something has taken its
+    place, so that quantisation tools find it; ``R``, ``r`` and ``shift`` are buffers.
+
+    Args:
+        weights: What to hold, as it is.
+        shifted: Whether ``weights.shift`` is added; where it is ``False``, a table carries it.
+    """
+
+    factor: Tensor
+    factor_bias: Tensor
+    shift: Tensor | None
+
+    def __init__(self, weights: Scaled, *, shifted: bool = True) -> None:
+        super().__init__()
+        self.linear = frozen_linear(weights.weight, weights.bias)
+        self.register_buffer("factor", weights.factor)
+        self.register_buffer("factor_bias", weights.factor_bias)
+        self.register_buffer("shift", weights.shift if shifted else None)
+        self.floor = weights.floor
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """``[..., L, C] -> [..., L, N]``; ``table`` goes to the first columns of every image."""
+        scale = (self.factor, self.factor_bias, self.shift, table)
+        if is_plain(self, _PRODUCT):
+            linear = self.linear
+            return ops.folded_linear(x, linear.weight, linear.bias, *scale, eps=self.floor)
+        return ops.scale_rows(self.linear(x), x, *scale, eps=self.floor)
+
+
+_PRODUCT: Reads = {"linear": nn.Linear}
 
 
 class FoldedProjector(nn.Module):
-    """What the folded forms share: constants instead of parameters, and where they came from.
+    """What the folded forms share: constants for weights, and where they came from.
 
     Attributes:
         config: Widths, grids and eps, and a digest of the weights that were folded; JSON-able.
@@ -32,11 +70,24 @@ class FoldedProjector(nn.Module):
 
     config: dict[str, Any]
 
-    def __init__(self, config: dict[str, Any], constants: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.config = config
-        for name, constant in constants.items():
-            self.register_buffer(name, constant)
+    @property
+    def like(self) -> Tensor:
+        """A constant in the dtype and on the device that features must have."""
+        raise NotImplementedError
+
+    def check(self, x: Tensor, attn_mask: Tensor | None = None) -> None:
+        """Raise unless ``x`` can be projected, and no gradient is asked for."""
+        check_features(x, self.config["vis_dim"])
+        check_alike("visual features", x, "the folded weights", self.like)
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (attn_mask is not None and attn_mask.requires_grad)
+            or any(parameter.requires_grad for parameter in self.parameters())
+        ):
+            raise RuntimeError(
+                "a folded projector is for inference and gives no gradients: train the projector "
+                "it was folded from, or call it under torch.no_grad()"
+            )
 
     def is_stale(self, projector: nn.Module) -> bool:
         """Whether ``projector`` has other weights by now than were folded; warns if so."""
@@ -62,158 +113,200 @@ class FoldedProjector(nn.Module):
         """What was folded."""
         return ", ".join(f"{key}={value}" for key, value in self.config.items() if key != "digest")
 
-    def _check(self, x: Tensor, constant: Tensor, attn_mask: Tensor | None = None) -> None:
-        check_features(x, self.config["vis_dim"])
-        check_alike("visual features", x, "the folded weights", constant)
-        wanted = x.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-        if wanted and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a folded projector is for inference and gives no gradients: train the projector "
-                "it was folded from, or call it under torch.no_grad()"
-            )
-
 
 class FoldedLinear(FoldedProjector):
     """``LinearProjector`` with constants for weights: ``[..., S, C] -> [..., S, D]``.
 
-    For the Triton kernels, and where the features are narrower than the output, ``rstd`` comes
-    from the triangular factor: that costs ``C² / 2`` multiply-adds a row and writes the output
-    once instead of twice. In plain PyTorch a product and a LayerNorm are the fastest form there is,
-    and the weights stay as they are.
+    For the Triton kernels, and where the features are narrower than the output, a
+    :class:`ScaledLinear`: its factor costs ``C² / 2`` multiply-adds per row, and the output is
+    written once instead of twice. In plain PyTorch a Linear and a LayerNorm are the fastest form
+    there is, and folding changes nothing.
     """
 
-    weight: Tensor
-    bias: Tensor
-    shift: Tensor
-    gain: Tensor
-    stats_weight: Tensor
-    stats_bias: Tensor
+    def __init__(self, config: dict[str, Any], product: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.product = product
+
+    @property
+    def like(self) -> Tensor:
+        """As :attr:`FoldedProjector.like`."""
+        if isinstance(self.product, ScaledLinear):
+            return self.product.factor
+        return self.product[1].weight  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`LinearProjector.forward`."""
-        self._check(x, self.weight)
-        if self.config["floor"] is None:
-            eps = self.config["eps"]
-            return ops.linear_layer_norm(x, self.weight, self.bias, self.gain, self.shift, eps)
-        out = ops.folded_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.stats_weight,
-            self.stats_bias,
-            self.shift,
-            eps=self.config["floor"],
-        )
-        return out.to(norm_autocast_dtype(x))  # a LayerNorm gives fp32 under CUDA's autocast
+        self.check(x)
+        if isinstance(self.product, ScaledLinear):
+            out = self.product(x)
+            return out.to(norm_autocast_dtype(x))  # a LayerNorm gives fp32 under CUDA's autocast
+        if is_plain(self.product, _LINEAR_NORM):
+            return linear_layer_norm(x, *self.product)  # type: ignore[misc]
+        return self.product(x)
+
+
+_LINEAR_NORM: Reads = {"0": nn.Linear, "1": nn.LayerNorm}
 
 
 class FoldedViT(FoldedProjector):
     """A ``ViTProjector``'s CLIP layer as it is, with frozen parameters, and its tail folded."""
 
     def __init__(self, config: dict[str, Any], vis_layer: nn.Module, tail: FoldedLinear) -> None:
-        super().__init__(config, {})
+        super().__init__()
+        self.config = config
         self.vis_layer = vis_layer.requires_grad_(False)
         self.tail = tail
 
+    @property
+    def like(self) -> Tensor:
+        """As :attr:`FoldedProjector.like`."""
+        return self.tail.like
+
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`ViTProjector.forward`."""
-        self._check(x, self.tail.weight)
+        self.check(x)
         return self.tail(self.vis_layer(x))
 
 
-class FoldedPerceiver(FoldedProjector, PositionedModule):
+class FoldedPerceiver(FoldedProjector, Resampler):
     """``PerceiverProjector`` with one product for keys and values, straight from the features.
 
-    ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``; ``K = rstd * (x A_kᵀ + a_k) + pos_k``;
-    ``V = rstd * (x A_vᵀ + a_v) + c_v``; constant queries; attention ``O``. Then the projector's own
-    output projection, LayerNorm and Linear, or for the Triton kernels
-    ``rstd₂ * (O A₂ᵀ + a₂) + c₂`` with ``rstd₂`` from a triangular factor of its own. Per image and
-    at ``C`` 1024, ``D`` 4096, 256 tokens: 11.5 G multiply-adds and 9.3 G instead of upstream's
-    23.1 G.
+    ``K = rstd (x A_kᵀ + a_k) + pos_k``; ``V = rstd (x A_vᵀ + a_v) + c_v``; constant queries;
+    attention ``O``. Then the projector's own output projection, LayerNorm and Linear, or for the
+    Triton kernels one more :class:`ScaledLinear`. Per image and at ``C`` 1024, ``D`` 4096, 256
+    tokens: 11.5 GMACs and 9.3 GMACs instead of upstream's 23.1.
 
     The constants of ``K`` that add the same number to every score of a query are gone; those of
-    ``V`` stay, so a query whose keys are all masked still gets zero attention.
+    ``V`` stay, so a query whose keys are all masked still gets zero attention. On another grid than
+    the one folded for, positions are resized after their projection instead of before: the same but
+    for the rounding of an fp32 resize.
     """
 
-    stats_weight: Tensor
-    stats_bias: Tensor
-    kv_weight: Tensor
-    kv_bias: Tensor
     queries: Tensor
     position_table: Tensor
     kv_table: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    gain: Tensor
-    shift: Tensor
-    final_weight: Tensor
-    final_bias: Tensor
-    out_stats_weight: Tensor
-    out_stats_bias: Tensor
-    final_shift: Tensor
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        key_padding_mask: Tensor | None = None,
-        grid: Grid | None = None,
-        return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As :meth:`PerceiverProjector.forward`.
+    def __init__(
+        self, config: dict[str, Any], kv: nn.Module, constants: dict[str, Tensor], tail: nn.Module
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vis_dim, self.num_heads = config["vis_dim"], config["num_heads"]
+        self.query_grid, self.has_cls = tuple(config["query_grid"]), config["has_cls"]
+        self.kv = kv
+        self.tail = tail
+        for name in ("queries", "position_table", "kv_table"):
+            self.register_buffer(name, constants[name])
 
-        On another grid than the one folded for, positions are resized after their projection
-        instead of before: the same but for the rounding of an fp32 resize.
-        """
-        self._check(x, self.kv_weight, attn_mask)
-        features, key_padding_mask = flatten_batch(x, key_padding_mask, self.config["has_cls"])
-        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
-        table = self._table(grid_of(features.shape[1], grid))
-        attended, maps = self._attend(features, table, return_attention, **masks)
-        return unflatten_batch(self._project(attended), maps, x.shape[:-2])
+    @property
+    def like(self) -> Tensor:
+        """As :attr:`FoldedProjector.like`."""
+        return self.queries
 
-    def _attend(
-        self, features: Tensor, table: Tensor, return_attention: bool, **masks: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """``[B, L, C] -> [B, Q, D]``, maps ``[B, heads, Q, L]``."""
-        kv = ops.folded_linear(
-            features,
-            self.kv_weight,
-            self.kv_bias,
-            self.stats_weight,
-            self.stats_bias,
-            table=table,
-            eps=self.config["floor"],
-        ).unflatten(-1, (2, self.config["num_heads"], -1))  # [B, L, 2, H, d]
-        queries = self.queries.to(kv.dtype)
-        attended = ops.cross_attention(queries, kv, **masks).flatten(-2)
-        if not return_attention:
-            return attended, None
-        return attended, ops.cross_attention_maps(queries, kv[:, :, 0], **masks)
-
-    def _project(self, attended: Tensor) -> Tensor:
-        """Everything behind the attention, ``[B, Q, D] -> [B, Q, D]``."""
-        if self.config["out_floor"] is not None:
-            return ops.folded_linear(
-                attended,
-                self.final_weight,
-                self.final_bias,
-                self.out_stats_weight,
-                self.out_stats_bias,
-                self.final_shift,
-                eps=self.config["out_floor"],
-            )
-        if self.config["out_eps"] is None:
-            return F.linear(attended, self.out_weight, self.out_bias)
-        pair = (self.out_weight, self.out_bias, self.gain, self.shift, self.config["out_eps"])
-        return ops.linear_norm_linear(attended, *pair, self.final_weight, self.final_bias)
-
-    def _table(self, grid: Grid) -> Tensor:
-        """Positions of the keys and, the same in every row, the values' constant: ``[L, 2 D]``."""
+    def project(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor, None]:
+        """As :meth:`Resampler.project`: keys and values packed."""
         if list(grid) == self.config["grid"]:
-            return self.kv_table
-        return self._positions.resize(self.position_table, tuple(self.config["query_grid"]), grid)
+            table = self.kv_table
+        else:
+            table = self._positions.resize(self.position_table, self.query_grid, grid)
+        kv = self.kv(features, table).unflatten(-1, (2, self.num_heads, -1))
+        return self.queries.to(kv.dtype), kv, None
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """As :meth:`Resampler.finish`."""
+        return self.tail(attended)
+
+
+def fold_linear(
+    projection: nn.Sequential, dtype: torch.dtype | None, triton: bool | None
+) -> FoldedLinear:
+    """Fold a plain Linear and the plain LayerNorm after it; the digest is the caller's to add."""
+    linear: Any
+    norm: Any
+    linear, norm = projection
+    triton = folds_for_triton(linear.weight, dtype) if triton is None else triton
+    dtype = linear.weight.dtype if dtype is None else dtype
+    config: dict[str, Any] = {
+        "vis_dim": linear.in_features,
+        "lang_dim": linear.out_features,
+        "eps": norm.eps,
+        "floor": None,
+    }
+    if triton and linear.in_features < linear.out_features:
+        inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+        scaled = copied(fold_linear_norm(*inner), dtype)
+        return FoldedLinear({**config, "floor": scaled.floor}, ScaledLinear(scaled))
+    product = nn.Sequential(copied_linear(linear, dtype), copied_norm(norm, dtype))
+    return FoldedLinear(config, product)
+
+
+def copied_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A frozen copy that has a bias."""
+    bias = or_zeros(linear.bias, linear.weight)
+    return frozen_linear(own(linear.weight, dtype), own(bias, dtype))
+
+
+def copied_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> nn.LayerNorm:
+    """A frozen copy that has a shift."""
+    shift = or_zeros(norm.bias, norm.weight)
+    return frozen_norm(own(norm.weight, dtype), own(shift, dtype), norm.eps)
+
+
+def frozen_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """An ``nn.Linear`` that holds these tensors and trains nothing."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def frozen_norm(gain: Tensor, shift: Tensor, eps: float) -> nn.LayerNorm:
+    """An ``nn.LayerNorm`` that holds these tensors and trains nothing."""
+    norm = nn.LayerNorm(gain.shape[0], eps=eps, device="meta")
+    norm.weight = nn.Parameter(gain, requires_grad=False)
+    norm.bias = nn.Parameter(shift, requires_grad=False)
+    return norm
+
+
+def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) -> None:
+    """Raise ``InputError`` unless calling ``projector`` does what ``kind`` does with ``reads``."""
+    name = type(projector).__name__
+    for parameter_name, parameter in projector.named_parameters():
+        if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
+            raise InputError(
+                f"cannot fold {name}: ZeRO-3 keeps its {parameter_name} in pieces; fold inside "
+                "deepspeed.zero.GatheredParameters"
+            )
+    reason = why_touched(projector)
+    if type(projector).forward is not kind.forward:
+        reason = "it has a forward of its own"
+    if reason:
+        raise InputError(f"cannot fold {name}: {reason}, which would be lost")
+    if found := why_not_plain(projector, reads):
+        raise InputError(
+            f"cannot fold {found[0]} of {name}: {found[1]}; merge adapters, remove hooks and call "
+            "eval() before folding"
+        )
+
+
+def folds_for_triton(weight: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether weights of ``dtype`` on the device of ``weight`` run on the kernels."""
+    dtype = weight.dtype if dtype is None else dtype
+    return dtype != torch.float64 and ops.runs_triton(weight.new_empty(0, dtype=dtype))
+
+
+def copied(weights: Scaled, dtype: torch.dtype) -> Scaled:
+    """The tensors in ``dtype``, none of them shared with a projector."""
+    tensors: dict[str, Any] = {
+        name: own(value, dtype) for name, value in weights._asdict().items() if name != "floor"
+    }
+    return weights._replace(**tensors)
+
+
+def own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in ``dtype``, detached."""
+    return tensor.detach().to(dtype, copy=True).contiguous()
 
 
 def weights_digest(projector: nn.Module) -> str:

@@ -5,6 +5,7 @@ from visproj.ops.cross_attention import cross_attention, cross_attention_maps
 from visproj.ops.folded_linear import folded_linear
 from visproj.ops.linear_layer_norm import linear_layer_norm
 from visproj.ops.linear_norm_linear import linear_norm_linear
+from visproj.reference.folded_linear import scale_rows
 
 __all__ = [
     "cross_attention",
@@ -13,4 +14,5 @@ __all__ = [
     "linear_layer_norm",
     "linear_norm_linear",
     "runs_triton",
+    "scale_rows",
 ]

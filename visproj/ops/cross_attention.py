@@ -19,7 +19,9 @@ from visproj.ops.checks import (
     to_autocast_dtype,
 )
 from visproj.reference import cross_attention_maps_ref, cross_attention_ref, formulas
-from visproj.reference.cross_attention import additive_mask
+from visproj.reference.cross_attention import additive_mask, cast_mask
+
+__all__ = ["cast_mask", "check_masks", "cross_attention", "cross_attention_maps"]
 
 MAX_HEAD_WIDTH = 256
 _MASK_MULTIPLE = 128  # every tile of keys divides it, so that no kernel masks what is masked

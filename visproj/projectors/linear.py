@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import overload
 
+import torch
 from torch import Tensor, nn
 
-from visproj.projectors.config import check_features, check_width, vision_width
-from visproj.projectors.fusion import linear_layer_norm, log_called
+from visproj.checks import check_features, check_width, vision_width
+from visproj.folding.modules import FoldedLinear, check_foldable, fold_linear, weights_digest
+from visproj.fusion import Reads, is_plain, linear_layer_norm
 
-_READS = {"0": nn.Linear, "1": nn.LayerNorm}
+_READS: Reads = {"0": nn.Linear, "1": nn.LayerNorm}
 
 
 class LinearProjector(nn.Sequential):
@@ -43,16 +45,18 @@ class LinearProjector(nn.Sequential):
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
-        log_called(self, _READS)
-        if len(self) != 2:
-            return super().forward(x)
-        return linear_layer_norm(x, self[0], self[1])
+        if len(self) == 2 and is_plain(self, _READS):
+            return linear_layer_norm(x, *self)
+        return super().forward(x)
 
-    def fold(self, **options: Any) -> nn.Module:
-        """Same as :func:`visproj.fold`."""
-        from visproj.folding import fold
-
-        return fold(self, **options)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold(self, *, dtype: torch.dtype | None = None, triton: bool | None = None) -> FoldedLinear:
+        """As :func:`visproj.fold`."""
+        check_foldable(self, LinearProjector, _READS)
+        folded = fold_linear(self, dtype, triton)
+        folded.config["digest"] = weights_digest(self)
+        return folded
 
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...

@@ -11,32 +11,241 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj import ops
+from visproj.checks import check_heads, check_width, vision_width
 from visproj.errors import InputError
-from visproj.ops.cross_attention import check_masks
-from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
-from visproj.projectors.config import check_features, check_heads, check_width, vision_width
-from visproj.projectors.fusion import (
-    is_plain,
-    is_plain_attention,
-    is_plain_norm,
-    linear_layer_norm,
-    linear_norm_linear,
-    log_called,
+from visproj.folding.algebra import fold_linear_norm, key_value_table, or_zeros
+from visproj.folding.modules import (
+    FoldedPerceiver,
+    ScaledLinear,
+    check_foldable,
+    copied,
+    copied_linear,
+    copied_norm,
+    folds_for_triton,
+    own,
+    weights_digest,
 )
-from visproj.reference.cross_attention import cast_mask
+from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
+from visproj.ops.cross_attention import cast_mask, check_masks
+from visproj.positions import Grid, check_grid, resize_position_table, sincos_position_table
+from visproj.resampler import Resampler
 
-_READS = {
-    "kv_proj": nn.Linear,
-    "ln_kv": nn.LayerNorm,
-    "attn": nn.MultiheadAttention,
-    "attn.out_proj": NonDynamicallyQuantizableLinear,
+_NORMALISED: Reads = {"kv_proj": nn.Linear, "ln_kv": nn.LayerNorm}
+_ATTENTION: Reads = {"attn": nn.MultiheadAttention}
+_OUTPUT: Reads = {"attn.out_proj": NonDynamicallyQuantizableLinear}
+_TAIL: Reads = {
+    **_OUTPUT,
     "projection": nn.Sequential,
     "projection.0": nn.LayerNorm,
     "projection.1": nn.Linear,
 }
+_QUERIES: Reads = {"ln_q": nn.LayerNorm}
 
 
-class PerceiverProjector(PositionedModule):
+class AttentionResampler(Resampler):
+    """Learned queries and ``nn.MultiheadAttention`` over normalised features.
+
+    ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
+    multi-head attention. ``pos`` is a frozen 2-D sine-cosine table over the query grid, ``pos_k``
+    the same table resized bicubically to the grid of the features. The queries are normalised and
+    projected once per call. A child that does more than apply its weights (LoRA, hooks) is called
+    instead of being fused, at the cost of its own stage alone.
+
+    Args:
+        vis_dim: Width ``C`` of the features.
+        embed_dim: Width ``D`` of queries, keys and values, a multiple of 4.
+        query_grid: Rows and columns of the queries.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        has_cls: Whether the first visual token is a CLS token, to be dropped.
+        eps: Of the LayerNorms.
+    """
+
+    def __init__(
+        self,
+        vis_dim: int,
+        embed_dim: int,
+        *,
+        query_grid: Grid,
+        num_heads: int | None = None,
+        has_cls: bool,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        check_width("lang_dim", embed_dim)
+        self.vis_dim = vis_dim
+        self.embed_dim = embed_dim
+        self.query_grid = check_grid(query_grid)
+        self.num_queries = math.prod(self.query_grid)
+        default_heads = max(1, embed_dim // 128)
+        self.num_heads = check_heads(embed_dim, default_heads if num_heads is None else num_heads)
+        self.has_cls = has_cls
+
+        table = sincos_position_table(embed_dim, self.query_grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.query = nn.Parameter(torch.empty(self.num_queries, embed_dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.kv_proj: nn.Module = nn.Linear(vis_dim, embed_dim)
+        self.attn = nn.MultiheadAttention(embed_dim, self.num_heads)
+        self.ln_q = nn.LayerNorm(embed_dim, eps=eps)
+        self.ln_kv = nn.LayerNorm(embed_dim, eps=eps)
+
+    def resample(
+        self, features: Tensor, grid: Grid, return_attention: bool, **masks: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`Resampler.resample`, attention called whole where it cannot be taken apart."""
+        if is_plain(self, _ATTENTION):
+            return super().resample(features, grid, return_attention, **masks)
+        values = self._normalised(features)
+        queries, positions = self._queries_and_positions(grid)
+        out, maps = self._call_attention(
+            queries, values + positions, values, return_attention, **masks
+        )
+        return self.finish_projected(out), maps
+
+    def project(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`Resampler.project`.
+
+        On the kernels keys and values come from one product, and so do the keys' positions for all
+        images.
+        """
+        queries, positions = self._queries_and_positions(grid)
+        attn, width = self.attn, self.embed_dim
+        bias = attn.in_proj_bias
+        split = (width, 2 * width)
+        w_q, w_kv = attn.in_proj_weight.split(split)
+        b_q, b_kv = (None, None) if bias is None else bias.split(split)
+        q = F.linear(queries, w_q, b_q).unflatten(-1, (self.num_heads, -1))  # [Q, H, d]
+        if ops.runs_triton(features) and is_plain(self, _NORMALISED):
+            kv = linear_norm_linear(
+                features,
+                self.kv_proj,
+                self.ln_kv,
+                w_kv,
+                b_kv,
+                positions=positions,
+                positioned=width,
+            )
+            return q, kv.unflatten(-1, (2, self.num_heads, -1)), None  # [B, L, 2, H, d]
+        values = self._normalised(features)
+        b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
+        w_k, w_v = w_kv.chunk(2)
+        k, v = F.linear(values + positions, w_k, b_k), F.linear(values, w_v, b_v)
+        heads = (self.num_heads, -1)
+        return q, k.unflatten(-1, heads), v.unflatten(-1, heads)
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """As :meth:`Resampler.finish`."""
+        return self.finish_projected(self.attn.out_proj(attended))
+
+    def finish_projected(self, x: Tensor) -> Tensor:
+        """Everything after the attention's own output projection."""
+        return x
+
+    def _queries_and_positions(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Queries ``[Q, D]`` and the keys' positions ``[L, D]``."""
+        positions = self._resized(self.pos_embed, self.query_grid, grid)
+        return self.ln_q(self.query) + self.pos_embed, positions
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        """``LN_kv(x W_kvᵀ + b_kv)``, ``[B, L, D]``."""
+        if is_plain(self, _NORMALISED):
+            return linear_layer_norm(features, self.kv_proj, self.ln_kv)
+        return self.ln_kv(self.kv_proj(features))
+
+    def _call_attention(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        return_attention: bool,
+        **masks: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same by calling ``self.attn``, whatever has taken its place."""
+        batch, length, _ = keys.shape
+        check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
+        mask = masks["attn_mask"]
+        if mask is not None and mask.is_floating_point():
+            masks["attn_mask"] = cast_mask(mask, keys.dtype)
+        q = queries.expand(batch, -1, -1)  # [B, Q, D]
+        batch_first = getattr(self.attn, "batch_first", False)
+        tokens = [t if batch_first else t.transpose(0, 1) for t in (q, keys, values)]
+        out = self.attn(*tokens, need_weights=False, **masks)[0]
+        out = out if batch_first else out.transpose(0, 1)
+        if not return_attention:
+            return out, None
+        if self.attn.training and getattr(self.attn, "dropout", None):
+            raise InputError("attention maps need attn.dropout off: call eval() first")
+        maps = self.attn(*tokens, average_attn_weights=False, **masks)[1]
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
+        sound = ~out.isnan().any(-1)[:, None, :, None]
+        return out, maps.masked_fill(sound & maps.isnan(), 0.0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        grid: Grid | None = None,
+        triton: bool | None = None,
+    ) -> FoldedPerceiver:
+        """As :func:`visproj.fold`."""
+        check_foldable(self, Resampler, {**_NORMALISED, **_QUERIES, **_ATTENTION, **self._reads()})
+        linear: Any = self.kv_proj
+        norm, attn = self.ln_kv, self.attn
+        dtype = linear.weight.dtype if dtype is None else dtype
+        grid = self.query_grid if grid is None else check_grid(grid)
+        triton = folds_for_triton(linear.weight, dtype) if triton is None else triton
+        w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = or_zeros(attn.in_proj_bias, attn.in_proj_weight).chunk(3)
+        kv = fold_linear_norm(
+            linear.weight,
+            linear.bias,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            torch.cat([w_k, w_v]),
+            torch.cat([b_k, b_v]),
+        )
+        # The keys' part of the shift adds one number to every score of a query, and is left out.
+        value_shift = kv.shift[self.embed_dim :]
+        resized = resize_position_table(self.pos_embed, self.query_grid, grid)
+        queries = copied_norm(self.ln_q, torch.float64)(self.query.double())
+        projected = F.linear(queries + self.pos_embed.double(), w_q.double(), b_q.double())
+        constants = {
+            "queries": projected.unflatten(-1, (self.num_heads, -1)),
+            "position_table": key_value_table(self.pos_embed, w_k, value_shift),
+            "kv_table": key_value_table(resized, w_k, value_shift),
+        }
+        tail, tail_config = self._folded_tail(dtype, triton)
+        config = {
+            "vis_dim": self.vis_dim,
+            "lang_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "query_grid": list(self.query_grid),
+            "grid": list(grid),
+            "has_cls": self.has_cls,
+            "floor": kv.floor,
+            **tail_config,
+            "digest": weights_digest(self),
+        }
+        scaled = ScaledLinear(copied(kv, dtype), shifted=False)
+        constants = {name: own(constant, dtype) for name, constant in constants.items()}
+        return FoldedPerceiver(config, scaled, constants, tail)
+
+    def _reads(self) -> Reads:
+        """The children after the attention that a fold reads."""
+        return _OUTPUT
+
+    def _folded_tail(
+        self, dtype: torch.dtype, triton: bool
+    ) -> tuple[nn.Module, dict[str, float | None]]:
+        """What follows the attention in the folded form, and what its configuration says of it."""
+        return copied_linear(self.attn.out_proj, dtype), {"out_eps": None, "out_floor": None}
+
+
+class PerceiverProjector(AttentionResampler):
     """Resample any number of visual tokens into a fixed number of language-model tokens.
 
     ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
@@ -74,209 +283,57 @@ class PerceiverProjector(PositionedModule):
         num_heads: int | None = None,
         has_cls: bool = True,
     ) -> None:
-        super().__init__()
-        check_width("lang_dim", lang_dim)
-        self.vis_dim = vision_width(vis_config)
-        self.embed_dim = lang_dim
-        self.query_grid = check_grid(query_grid)
-        self.num_queries = math.prod(self.query_grid)
-        default_heads = max(1, lang_dim // 128)
-        self.num_heads = check_heads(lang_dim, default_heads if num_heads is None else num_heads)
-        self.has_cls = has_cls
-
-        table = sincos_position_table(lang_dim, self.query_grid)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.query = nn.Parameter(torch.empty(self.num_queries, lang_dim))
-        nn.init.trunc_normal_(self.query, std=0.02)
-        self.kv_proj = nn.Linear(self.vis_dim, lang_dim)
-        self.attn = nn.MultiheadAttention(lang_dim, self.num_heads)
-        self.ln_q = nn.LayerNorm(lang_dim, eps=1e-12)
-        self.ln_kv = nn.LayerNorm(lang_dim, eps=1e-12)
+        super().__init__(
+            vision_width(vis_config),
+            lang_dim,
+            query_grid=query_grid,
+            num_heads=num_heads,
+            has_cls=has_cls,
+            eps=1e-12,
+        )
         self.projection = nn.Sequential(
             nn.LayerNorm(lang_dim, eps=1e-12), nn.Linear(lang_dim, lang_dim)
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        key_padding_mask: Tensor | None = None,
-        grid: Grid | None = None,
-        return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Resample visual tokens.
+    def finish(self, attended: Tensor) -> Tensor:
+        """As :meth:`Resampler.finish`: ``out_proj``, LayerNorm and Linear as one operation."""
+        if is_plain(self, _TAIL):
+            norm: Any
+            outer: Any
+            norm, outer = self.projection
+            return linear_norm_linear(attended, self.attn.out_proj, norm, outer.weight, outer.bias)
+        return super().finish(attended)
 
-        Args:
-            x: ``[..., 1 + L, C]`` with CLS, ``[..., L, C]`` with ``has_cls=False``. ``B`` below is
-                the product of the leading dimensions.
-            attn_mask: ``[Q, L]`` or ``[B * heads, Q, L]`` with index ``b * heads + h``; bool, True
-                = masked out, or floating, added to the scores.
-            key_padding_mask: bool ``[..., L]``, True = padding.
-            grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``.
-            return_attention: Also return the attention probabilities.
+    def finish_projected(self, x: Tensor) -> Tensor:
+        """LayerNorm and Linear."""
+        return self.projection(x)
 
-        Returns:
-            ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
-            for an fp64 projector). A query whose keys are all masked gets zero attention.
+    def _reads(self) -> Reads:
+        return _TAIL
 
-        Raises:
-            TypeError: If ``x`` or a mask has an unsuitable dtype.
-            ValueError: If the tokens fit no grid or ``grid`` does not fit them, or if a shape or
-                device does not fit.
-        """
-        check_features(x, self.vis_dim)
-        log_called(self, _READS)
-        features, key_padding_mask = flatten_batch(x, key_padding_mask, self.has_cls)
-        grid = grid_of(features.shape[1], grid)
-
-        queries = self.ln_q(self.query) + self.pos_embed  # [Q, D]
-        positions = self._resized(self.pos_embed, self.query_grid, grid)  # [L, D]
-        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
-        if ops.runs_triton(features) and self._is_plain():
-            out, maps = self._resample_fused(
-                features, queries, positions, return_attention, **masks
-            )
-            return unflatten_batch(out, maps, x.shape[:-2])
-
-        values = linear_layer_norm(features, self.kv_proj, self.ln_kv)  # [B, L, D]
-        keys = values + positions
-        attend = (
-            self._attend
-            if is_plain_attention(self.attn, self.embed_dim)
-            else self._attend_by_module
-        )
-        out, maps = attend(queries, keys, values, return_attention, **masks)
-        return unflatten_batch(self.projection(out), maps, x.shape[:-2])
-
-    def _is_plain(self) -> bool:
-        """Whether every child may be read instead of called."""
-        return (
-            is_plain_norm(self.ln_kv, self.kv_proj)
-            and is_plain_attention(self.attn, self.embed_dim)
-            and is_plain(self.attn.out_proj, NonDynamicallyQuantizableLinear)
-            and is_plain(self.projection, nn.Sequential)
-            and len(self.projection) == 2
-            and is_plain_norm(self.projection[0], self.attn.out_proj)
-            and is_plain(self.projection[1], nn.Linear)
-        )
-
-    def _resample_fused(
-        self,
-        features: Tensor,
-        queries: Tensor,
-        positions: Tensor,
-        return_attention: bool,
-        **masks: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """All of it from the children's weights: ``[B, Q, D]``, maps ``[B, heads, Q, L]``.
-
-        Keys and values come from one product, and so do the keys' positions for all images.
-        """
-        split = (self.embed_dim, 2 * self.embed_dim)
-        w_q, w_kv = self.attn.in_proj_weight.split(split)
-        b_q, b_kv = (
-            (None, None) if self.attn.in_proj_bias is None else self.attn.in_proj_bias.split(split)
-        )
-        kv = linear_norm_linear(
-            features,
-            self.kv_proj,
-            self.ln_kv,
-            w_kv,
-            b_kv,
-            positions=positions,
-            positioned=self.embed_dim,
-        )
-        q = F.linear(queries, w_q, b_q)
-        q = q.unflatten(-1, (self.attn.num_heads, -1))  # [Q, H, d]
-        kv = kv.unflatten(-1, (2, self.attn.num_heads, -1))  # [B, L, 2, H, d]
-        out = ops.cross_attention(q, kv, **masks).flatten(-2)
+    def _folded_tail(
+        self, dtype: torch.dtype, triton: bool
+    ) -> tuple[nn.Module, dict[str, float | None]]:
+        """In PyTorch the zero half of the factor is multiplied too: folding does not help there."""
+        linear: Any = self.attn.out_proj
         norm: Any
-        linear: Any
-        norm, linear = self.projection
-        out = linear_norm_linear(out, self.attn.out_proj, norm, linear.weight, linear.bias)
-        return out, ops.cross_attention_maps(q, kv[:, :, 0], **masks) if return_attention else None
-
-    def _attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        return_attention: bool,
-        **masks: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention with the weights of ``self.attn``: ``[B, Q, D]``, maps ``[B, heads, Q, L]``."""
-        weights = self.attn.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.attn.in_proj_bias is None else self.attn.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.attn.num_heads, -1))
-            for tokens, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
-        )
-        out = self.attn.out_proj(ops.cross_attention(q, k, v, **masks).flatten(-2))
-        return out, ops.cross_attention_maps(q, k, **masks) if return_attention else None
-
-    def _attend_by_module(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        return_attention: bool,
-        **masks: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same by calling ``self.attn``, whatever has taken its place."""
-        batch, length, _ = keys.shape
-        check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
-        mask = masks["attn_mask"]
-        if mask is not None and mask.is_floating_point():
-            masks["attn_mask"] = cast_mask(mask, keys.dtype)
-        q = queries.expand(batch, -1, -1)  # [B, Q, D]
-        batch_first = getattr(self.attn, "batch_first", False)
-        tokens = [t if batch_first else t.transpose(0, 1) for t in (q, keys, values)]
-        out = self.attn(*tokens, need_weights=False, **masks)[0]
-        out = out if batch_first else out.transpose(0, 1)
-        if not return_attention:
-            return out, None
-        if self.attn.training and getattr(self.attn, "dropout", None):
-            raise InputError("attention maps need attn.dropout off: call eval() first")
-        maps = self.attn(*tokens, average_attn_weights=False, **masks)[1]
-        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
-        sound = ~out.isnan().any(-1)[:, None, :, None]
-        return out, maps.masked_fill(sound & maps.isnan(), 0.0)
-
-    def fold(self, **options: Any) -> nn.Module:
-        """Same as :func:`visproj.fold`."""
-        from visproj.folding import fold
-
-        return fold(self, **options)
-
-    def extra_repr(self) -> str:
-        """What the children do not show."""
-        return f"query_grid={self.query_grid}, num_heads={self.num_heads}, has_cls={self.has_cls}"
+        outer: Any
+        norm, outer = self.projection
+        if not triton:
+            tail = nn.Sequential(
+                copied_linear(linear, dtype), copied_norm(norm, dtype), copied_linear(outer, dtype)
+            )
+            return tail, {"out_eps": norm.eps, "out_floor": None}
+        inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+        scaled = fold_linear_norm(*inner, outer.weight, outer.bias)
+        return ScaledLinear(copied(scaled, dtype)), {
+            "out_eps": norm.eps,
+            "out_floor": scaled.floor,
+        }
 
 
-def flatten_batch(
-    x: Tensor, key_padding_mask: Tensor | None, has_cls: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``[..., (1+)L, C] -> [B, L, C]`` without CLS, and the mask ``[..., L] -> [B, L]`` alike."""
-    features = x[..., 1:, :] if has_cls else x
-    *lead, length, width = features.shape
-    batch = math.prod(lead)
-    if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
-        key_padding_mask = key_padding_mask.reshape(batch, length)
-    return features.reshape(batch, length, width), key_padding_mask
-
-
-def unflatten_batch(
-    out: Tensor, maps: Tensor | None, lead: torch.Size
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Give the leading dimensions back to ``[B, Q, D]`` and, if there are any, to the maps."""
-    out = out.reshape(*lead, *out.shape[1:])
-    return out if maps is None else (out, maps.reshape(*lead, *maps.shape[1:]))
-
-
-def _init_weights(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
     """Upstream's rule, which passes over ``in_proj_weight`` because that is no ``nn.Linear``."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

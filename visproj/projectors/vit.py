@@ -2,114 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import copy
+from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visproj.checks import check_features, check_width
+from visproj.clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 from visproj.errors import InputError
+from visproj.folding.modules import FoldedViT, check_foldable, fold_linear, weights_digest
+from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain
 from visproj.ops.checks import check_alike
-from visproj.projectors.config import check_features, check_heads, check_width, vision_width
-from visproj.projectors.fusion import is_plain, linear_layer_norm, log_called
 
-_READS = {"projection": nn.Sequential, "projection.0": nn.Linear, "projection.1": nn.LayerNorm}
-
-
-class VisionConfig(Protocol):
-    """The fields of transformers' ``CLIPVisionConfig`` that a CLIP layer is built from."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    hidden_act: str
-    layer_norm_eps: float
-    attention_dropout: float
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "gelu_new": gelu_tanh,
-    "relu": F.relu,
-    "silu": F.silu,
+_TAIL: Reads = {
+    "projection": nn.Sequential,
+    "projection.0": nn.Linear,
+    "projection.1": nn.LayerNorm,
 }
-
-
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention through SDPA, ``[B, S, C] -> [B, S, C]``."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads = check_heads(width, config.num_attention_heads)
-        self.dropout = config.attention_dropout
-        # Built in transformers' order, so that one seed gives both the same weights.
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend from every token to every token."""
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.out_proj(out.transpose(-3, -2).flatten(-2))
-
-
-class CLIPMLP(nn.Module):
-    """``fc2(act(fc1(x)))``."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
-            )
-        self.hidden_act = config.hidden_act
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two Linears around the config's activation."""
-        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
-
-
-class CLIPEncoderLayer(nn.Module):
-    """CLIP's pre-norm transformer block with transformers' 16 state-dict keys.
-
-    ``x = x + attention(layer_norm1(x))``, then ``x + mlp(layer_norm2(x))``, over ``[..., S, C]``.
-
-    Source: Radford et al. 2021, CLIP; the keys of transformers' ``CLIPEncoderLayer``.
-    """
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.self_attn = CLIPAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., S, C] -> [..., S, C]``."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+_FIRST_NORM: Reads = {"vis_layer.layer_norm1": nn.LayerNorm}
+_LAYER: Reads = {
+    "vis_layer": CLIPEncoderLayer,
+    "vis_layer.self_attn": CLIPAttention,
+    **{f"vis_layer.self_attn.{name}_proj": nn.Linear for name in ("k", "v", "q", "out")},
+    "vis_layer.mlp": CLIPMLP,
+    "vis_layer.mlp.fc1": nn.Linear,
+    "vis_layer.mlp.fc2": nn.Linear,
+    "vis_layer.layer_norm1": nn.LayerNorm,
+    "vis_layer.layer_norm2": nn.LayerNorm,
+}
 
 
 class ViTProjector(nn.Module):
@@ -132,17 +53,12 @@ class ViTProjector(nn.Module):
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_vit``.
     """
 
-    def __init__(self, vis_config: VisionConfig, lang_dim: int) -> None:
+    def __init__(self, vis_config: object, lang_dim: int) -> None:
         super().__init__()
-        missing = [name for name in VisionConfig.__annotations__ if not hasattr(vis_config, name)]
-        if missing:
-            raise TypeError(
-                f"vis_config ({type(vis_config).__name__}) lacks {', '.join(missing)}: the ViT "
-                "projector needs a CLIPVisionConfig or an object with its fields"
-            )
-        self.vis_dim = vision_width(vis_config)
+        config = VisionConfig.of(vis_config)
         check_width("lang_dim", lang_dim)
-        self.vis_layer = CLIPEncoderLayer(vis_config)
+        self.vis_dim = config.hidden_size
+        self.vis_layer = CLIPEncoderLayer(config)
         self.projection = nn.Sequential(
             nn.Linear(self.vis_dim, lang_dim), nn.LayerNorm(lang_dim, eps=1e-12)
         )
@@ -155,21 +71,34 @@ class ViTProjector(nn.Module):
             ValueError: If ``x`` has another width or device than the weights.
         """
         check_features(x, self.vis_dim)
-        log_called(self, _READS)
-        if isinstance(self.vis_layer, CLIPEncoderLayer):
-            first = self.vis_layer.layer_norm1
-            if is_plain(first, nn.LayerNorm):
-                check_alike("visual features", x, "the CLIP layer", first.weight)
+        if why_not_plain(self, _FIRST_NORM) is None:
+            check_alike("visual features", x, "the CLIP layer", self.vis_layer.layer_norm1.weight)
         x = self.vis_layer(x)
-        if is_plain(self.projection, nn.Sequential) and len(self.projection) == 2:
-            return linear_layer_norm(x, self.projection[0], self.projection[1])
+        if is_plain(self, _TAIL):
+            return linear_layer_norm(x, *self.projection)
         return self.projection(x)
 
-    def fold(self, **options: Any) -> nn.Module:
-        """Same as :func:`visproj.fold`."""
-        from visproj.folding import fold
-
-        return fold(self, **options)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold(self, *, dtype: torch.dtype | None = None, triton: bool | None = None) -> FoldedViT:
+        """As :func:`visproj.fold`."""
+        check_foldable(self, ViTProjector, {**_LAYER, **_TAIL})
+        layer = self.vis_layer
+        if layer.self_attn.training and layer.self_attn.dropout:
+            raise InputError("cannot fold vis_layer.self_attn: its dropout is active; call eval()")
+        tail = fold_linear(self.projection, dtype, triton)
+        vision = VisionConfig(
+            hidden_size=self.vis_dim,
+            intermediate_size=layer.mlp.fc1.out_features,
+            num_attention_heads=layer.self_attn.num_heads,
+            hidden_act=layer.mlp.hidden_act,
+            layer_norm_eps=layer.layer_norm1.eps,
+            attention_dropout=0.0,
+        )
+        config = {**tail.config, "vision": asdict(vision), "digest": weights_digest(self)}
+        layer = copy.deepcopy(layer).eval().to(tail.like.dtype)
+        layer.self_attn.dropout = 0.0
+        return FoldedViT(config, layer, tail)
 
 
 VisProjection_vit = ViTProjector

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from visproj.checks import check_heads
 from visproj.errors import InputError
 from visproj.files import read_json_object, write_json
-from visproj.projectors.config import check_heads
 
 MODEL_TYPE = "qwen_vl_vision_encoder"
 CONFIG_NAME = "config.json"

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_floating
 from visproj.positions import Grid, PositionedModule
-from visproj.projectors import PerceiverProjector
+from visproj.projectors.perceiver import AttentionResampler, init_linear
 from visproj.qwen_vl.config import QwenVisionConfig
 
 
@@ -80,30 +80,31 @@ class VisualTransformer(nn.Module):
         return x
 
 
-class AttentionPool(PerceiverProjector):
-    """A Perceiver without bias in ``kv_proj``, without CLS and without its last LayerNorm + Linear.
+class AttentionPool(AttentionResampler):
+    """A resampler that ends with its attention, without bias in ``kv_proj`` and without CLS.
 
-    ``[B, L, W] -> [B, Q, D]``: learned queries and sine-cosine positions as in
-    :class:`visproj.PerceiverProjector`, LayerNorms with the encoder's eps. Where ``W`` is ``D``
-    there is no ``kv_proj`` weight.
+    ``[B, L, W] -> [B, Q, D]``, LayerNorms with the encoder's eps. Where ``W`` is ``D`` there is no
+    ``kv_proj`` weight.
 
     Source: DeepSpeed-VisualChat ``qwen_clip.py``, ``Resampler``.
     """
 
     def __init__(self, config: QwenVisionConfig) -> None:
-        width, dim, eps = config.width, config.output_dim, config.layer_norm_eps
-        side = math.isqrt(config.n_queries)
+        width, dim, side = config.width, config.output_dim, math.isqrt(config.n_queries)
         super().__init__(
-            width, dim, query_grid=(side, side), num_heads=config.pool_heads, has_cls=False
+            width,
+            dim,
+            query_grid=(side, side),
+            num_heads=config.pool_heads,
+            has_cls=False,
+            eps=config.layer_norm_eps,
         )
         if width == dim:
-            self.register_module("kv_proj", nn.Identity())
+            self.kv_proj = nn.Identity()
         else:
             self.kv_proj = nn.Linear(width, dim, bias=False)
             nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
-        self.ln_q = nn.LayerNorm(dim, eps=eps)
-        self.ln_kv = nn.LayerNorm(dim, eps=eps)
-        self.register_module("projection", nn.Identity())
+        init_linear(self.attn.out_proj)
 
 
 class QwenVisionTransformer(PositionedModule):

@@ -18,19 +18,31 @@ def folded_linear_ref(
     *,
     eps: float,
 ) -> Tensor:
-    """``rstd (x Wᵀ + bias) + shift + table``; arguments as :func:`visproj.ops.folded_linear`.
-
-    The product is scaled and shifted in place. ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than
-    fp16 can hold, and stays in fp32 there.
-    """
-    # Features behind their CLS row: PyTorch would copy the weights for every image instead.
+    """``rstd (x Wᵀ + bias) + shift + table``; arguments as :func:`visproj.ops.folded_linear`."""
+    # Features after their CLS row: PyTorch would copy the weights for every image instead.
     x = x.contiguous()
-    norms = F.linear(x, stats_weight, stats_bias)
+    return scale_rows(F.linear(x, weight, bias), x, stats_weight, stats_bias, shift, table, eps=eps)
+
+
+def scale_rows(
+    out: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    factor_bias: Tensor,
+    shift: Tensor | None = None,
+    table: Tensor | None = None,
+    *,
+    eps: float,
+) -> Tensor:
+    """``rstd out + shift + table`` in place, ``rstd = (‖x factorᵀ + factor_bias‖² + eps)^(-1/2)``.
+
+    ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold, and stays in fp32 there.
+    """
+    norms = F.linear(x, factor, factor_bias)
     wide = torch.promote_types(norms.dtype, torch.float32)
     rstd = (norms.to(wide).square().sum(-1, keepdim=True) + eps).rsqrt()
-    out = F.linear(x, weight, bias)
     rstd = rstd if out.dtype == torch.float16 else rstd.to(out.dtype)
-    added = torch.zeros_like(bias) if shift is None else shift
+    added = out.new_zeros(out.shape[-1]) if shift is None else shift
     if table is not None:
         missing = out.shape[-1] - table.shape[-1]
         table = F.pad(table, (0, missing)) if missing else table

@@ -5,12 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.utils.prune
-from helpers import children_called, features, make, rms_error, small
+from helpers import children_called, features, is_plain, make, rms_error, small
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from visproj import use_backend
-from visproj.projectors.fusion import is_plain, is_plain_attention
 
 
 class Adapter(nn.Module):
@@ -188,7 +187,7 @@ def test_another_attention_is_called(options):
     if projector.attn.bias_k is not None:
         nn.init.normal_(projector.attn.bias_k)
         nn.init.normal_(projector.attn.bias_v)
-    assert not is_plain_attention(projector.attn, 64)
+    assert not is_plain(projector.attn, nn.MultiheadAttention)
     x = features(2, 17)
     y = projector.ln_kv(projector.kv_proj(x[:, 1:])).transpose(0, 1)
     pos = projector.pos_embed[:, None]
@@ -209,7 +208,7 @@ def test_called_attention_keeps_the_masking_contract(form):
     masks = {form: masks[form]}
     wanted, wanted_maps = projector(x, return_attention=True, **masks)
     projector.attn.register_forward_hook(lambda *_: None)
-    assert not is_plain_attention(projector.attn, 64)
+    assert not is_plain(projector.attn, nn.MultiheadAttention)
     got, maps = projector(x, return_attention=True, **masks)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(maps, wanted_maps, rtol=1e-12, atol=1e-12)
@@ -247,7 +246,7 @@ def test_attention_dropout_is_kept():
 
 def test_plain_modules():
     assert is_plain(nn.Linear(3, 4), nn.Linear)
-    assert is_plain_attention(nn.MultiheadAttention(8, 2), 8)
+    assert is_plain(nn.MultiheadAttention(8, 2), nn.MultiheadAttention)
     assert is_plain(nn.LayerNorm(4), nn.LayerNorm)
 
 
@@ -259,7 +258,7 @@ def test_subclasses_and_quantised_weights_are_not_plain():
     integer = nn.Linear(3, 4)
     integer.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     assert not is_plain(integer, nn.Linear)
-    assert not is_plain_attention(nn.MultiheadAttention(8, 2, kdim=4, vdim=4), 8)
+    assert not is_plain(nn.MultiheadAttention(8, 2, kdim=4, vdim=4), nn.MultiheadAttention)
 
 
 def test_sharded_weights_are_not_plain(tmp_path):

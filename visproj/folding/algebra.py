@@ -1,0 +1,91 @@
+"""The algebra of folding: a LayerNorm after a Linear only rescales each row.
+
+With ``[W | b]`` centred over its ``D`` outputs, ``LN(x Wᵀ + b) = rstd (x W_cᵀ + b_c) γ + β``, and
+``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)`` with ``sqrt(D) [R | r]`` the triangular QR factor of
+``[W_c | b_c]``. A Linear after it multiplies the weights. Tensors in, fp64 tensors out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scaled(NamedTuple):
+    """Weights of ``rstd (x weightᵀ + bias) + shift``, ``rstd = (‖x factorᵀ + …‖² + floor)^(-1/2)``.
+
+    Attributes:
+        weight: ``[N, C]``.
+        bias: ``[N]``.
+        factor: Upper triangular ``[<= C, C]``.
+        factor_bias: As many as ``factor`` has rows.
+        shift: ``[N]``.
+        floor: Added to the square.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    factor: Tensor
+    factor_bias: Tensor
+    shift: Tensor
+    floor: float
+
+
+def fold_linear_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    outer_weight: Tensor | None = None,
+    outer_bias: Tensor | None = None,
+) -> Scaled:
+    """Fold a Linear and its LayerNorm, and a second Linear where there is one, into a scaled one.
+
+    Args:
+        weight: ``[D, C]``.
+        bias: ``[D]`` or ``None``.
+        gain: ``[D]``.
+        shift: ``[D]`` or ``None``.
+        eps: Added to the variance.
+        outer_weight: ``[N, D]`` of the Linear after the LayerNorm; without one ``N`` is ``D``.
+        outer_bias: ``[N]`` or ``None``.
+    """
+    augmented = torch.cat([weight, or_zeros(bias, weight)[:, None]], 1).double()
+    centred = augmented - augmented.mean(0)  # [D, C + 1]
+    factor, factor_bias, floor = _row_scale(centred, eps)
+    combined = gain.double()[:, None] * centred
+    constant = or_zeros(shift, weight).double()
+    if outer_weight is not None:
+        outer = outer_weight.double()
+        combined = outer @ combined
+        constant = outer @ constant + or_zeros(outer_bias, outer_weight).double()
+    return Scaled(combined[:, :-1], combined[:, -1], factor, factor_bias, constant, floor)
+
+
+def _row_scale(centred: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
+    """``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² + floor - eps``.
+
+    The squares are those of a mean, not of a sum, so that fp16 holds what it holds unfolded.
+    """
+    factor = torch.linalg.qr(centred, mode="r").R / math.sqrt(centred.shape[0])
+    floor = eps
+    if factor.shape[0] == factor.shape[1]:  # [min(D, C + 1), C + 1]
+        # The last row is zero but for its corner: a constant, kept out of the product.
+        floor += factor[-1, -1].item() ** 2
+        factor = factor[:-1]
+    return factor[:, :-1], factor[:, -1], floor
+
+
+def key_value_table(positions: Tensor, key_weight: Tensor, value_shift: Tensor) -> Tensor:
+    """Projected key positions and, the same in every row, the values' constant: ``[L, 2 D]``."""
+    keys = positions.double() @ key_weight.double().T
+    return torch.cat([keys, value_shift.expand_as(keys)], 1)
+
+
+def or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """``bias``, or zeros for the outputs of ``weight``."""
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias

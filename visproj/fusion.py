@@ -1,0 +1,138 @@
+"""When a module may read its children's parameters, and what it does where it may not.
+
+Reading ``child.weight`` instead of calling ``child`` is what makes fusing possible, and it is wrong
+as soon as calling the child does more: LoRA adapters, quantised weights, hooks, parametrisations.
+Then the module calls that child.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from visproj import ops
+
+Reads = Mapping[str, type[nn.Module]]  # the children that a module reads, and their exact types
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_log = logging.getLogger("visproj")
+_logged: WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = WeakKeyDictionary()
+
+
+def why_not_plain(module: nn.Module, reads: Reads) -> tuple[str, str] | None:
+    """Return the first child of ``module`` that has to be called instead of read, and why.
+
+    A child is plain if calling it does exactly what its type does with its own parameters: the type
+    is the one that ``reads`` names and its ``forward`` was not replaced, the parameters are plain
+    floating tensors (no DTensor, nothing quantised) and no hook is registered, except those that
+    DeepSpeed ZeRO-3 puts on every module: its parameters carry ``ds_id`` and gather themselves when
+    read. An ``nn.Sequential`` holds the children that ``reads`` names and no others, a LayerNorm
+    has a gain over one dimension, and attention can be taken apart: neither extra rows or other
+    widths for keys and values, nor active dropout. Hooks for all modules at once
+    (``register_module_forward_hook``) are not looked at.
+
+    Args:
+        module: The module that holds the children.
+        reads: Their names, dotted for grandchildren, and types.
+
+    Returns:
+        The child's name and the reason, or ``None`` if all children are plain.
+    """
+    for name, kind in reads.items():
+        child: Any = _descendant(module, name)
+        if reason := _why_called(child, kind):
+            return name, reason
+        if kind is nn.Sequential:
+            wanted = sum(other.startswith(f"{name}.") for other in reads)
+            if len(child) != wanted:
+                return name, f"it has {len(child)} children, not {wanted}"
+    return None
+
+
+def _descendant(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def is_plain(module: nn.Module, reads: Reads) -> bool:
+    """Return whether ``module`` may read all children in ``reads``.
+
+    Each child that has to be called is logged once per reason, to the logger ``visproj`` at level
+    DEBUG; never while compiling.
+    """
+    plain = why_not_plain(module, reads) is None
+    if not plain and not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+        logged = _logged.setdefault(module, set())
+        for name, kind in reads.items():
+            try:
+                reason = _why_called(module.get_submodule(name), kind)
+            except AttributeError:  # what holds it was replaced, and is logged itself
+                continue
+            if reason and (name, reason) not in logged:
+                logged.add((name, reason))
+                _log.debug("%s calls %s: %s", type(module).__name__, name, reason)
+    return plain
+
+
+def why_touched(module: nn.Module) -> str | None:
+    """Return why calling ``module`` does more than run its class's ``forward``, or ``None``."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    for kind in _HOOKS:
+        if getattr(module, kind):
+            # ZeRO-3 hooks every module; a container is known by its children's parameters.
+            if any(hasattr(p, "ds_id") for p in module.parameters()):
+                return None
+            return f"it has {kind.strip('_')}"
+    return None
+
+
+def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
+    if type(module) is not kind:
+        return f"it is a {type(module).__module__}.{type(module).__qualname__}"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if type(parameter) not in _PLAIN_TENSORS or not parameter.is_floating_point():
+            return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}"
+    if kind is nn.LayerNorm:
+        if module.weight is None:
+            return "it has no gain"
+        shape: Any = module.normalized_shape
+        if len(shape) != 1:
+            return f"it normalises over {len(shape)} dimensions"
+    if kind is nn.MultiheadAttention:
+        if module.in_proj_weight is None:
+            return "its keys or values have another width than its queries"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "it adds rows to keys and values (bias_k or add_zero_attn)"
+        if module.training and module.dropout:
+            return "its dropout is active"
+    return why_touched(module)
+
+
+def linear_layer_norm(x: Tensor, linear: Any, norm: Any) -> Tensor:
+    """``norm(linear(x))`` as one operation, for two children that may be read."""
+    return ops.linear_layer_norm(x, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+
+
+def linear_norm_linear(
+    x: Tensor,
+    linear: Any,
+    norm: Any,
+    outer_weight: Tensor,
+    outer_bias: Tensor | None,
+    **positions: Any,
+) -> Tensor:
+    """``norm(linear(x)) outer_weightᵀ + outer_bias`` as one operation, likewise."""
+    inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+    return ops.linear_norm_linear(x, *inner, outer_weight, outer_bias, **positions)
