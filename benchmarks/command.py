@@ -42,7 +42,10 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     try:
         sys.exit(main(None))
     except (VisprojError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

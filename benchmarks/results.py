@@ -156,25 +156,36 @@ def read(path: Path) -> Results:
         raise InputError(f"{path} is damaged: {error}") from error
     if sorted(columns) != sorted(_TYPES):
         raise InputError(f"{path} is not a benchmark result, or is one of another version")
-    number = 0
-    rows = []
-    try:
-        for (number, _), cells in zip(numbered[1:], table, strict=False):
-            rows.append(_row(dict(zip(columns, cells, strict=True))))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged in line {number}: {error}") from error
+    rows = [
+        _row(path, number, columns, cells)
+        for (number, _), cells in zip(numbered[1:], table, strict=False)
+    ]
     return Results(notes, rows)
 
 
-def _row(cells: dict[str, str]) -> Row:
-    row = Row(**{name: _parse(name, text) for name, text in cells.items()})
+def _row(path: Path, number: int, columns: list[str], cells: list[str]) -> Row:
+    try:
+        if len(cells) != len(columns):
+            raise ValueError(f"{len(cells)} values instead of {len(columns)}")
+        row = Row(**{name: _parse(name, text) for name, text in zip(columns, cells, strict=True)})
+        _check(row)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged in line {number}: {error}") from error
+    return row
+
+
+def _check(row: Row) -> None:
+    """Raise ``ValueError`` if no run can have given this row."""
+    if row.status not in (OK, FAILED, LEFT_OUT):
+        raise ValueError(f"status is {row.status!r}")
+    if (row.status == OK) != (row.time_us is not None):
+        raise ValueError(f"status is {row.status!r} and time_us {row.time_us}")
     for name in ("time_us", "vs_upstream", "vs_fair"):
         low, middle, high = (getattr(row, name + end) for end in ("_p20", "", "_p80"))
         if (low, middle, high) == (None, None, None):
             continue
         if None in (low, middle, high) or not 0 < low <= middle <= high:
             raise ValueError(f"{name} is {middle} between {low} and {high}")
-    return row
 
 
 def _parse(name: str, text: str) -> Any:
