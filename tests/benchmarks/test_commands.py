@@ -1,5 +1,6 @@
-"""Every command of benchmarks/ as a person starts it: in a process of its own."""
+"""Every command of benchmarks/: help and bad input, once each in a process of its own."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,6 @@ def test_these_are_all_commands():
     assert found == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help(name, tmp_path):
-    done = start(name, "--help", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: ")
-
-
 BAD = [
     ("report", ["--device", "cuda:99"], 1, "--device cuda:99: PyTorch sees"),
     ("report", ["--device", "mps"], 1, "--device must be cpu, cuda or cuda:N, got 'mps'"),
@@ -65,15 +59,37 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "status", "message"), BAD)
-def test_bad_input(name, arguments, status, message, tmp_path):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_in_a_fresh_process(name, tmp_path):
+    done = start(name, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
     (tmp_path / "a.txt").write_text("text\n")
+    arguments, status, message = next(case for command, *case in BAD if command == name)
     done = start(name, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (status, "")
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert_refused(done.stderr, message, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "arguments", "status", "message"), BAD)
+def test_bad_input(name, arguments, status, message, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("text\n")
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"benchmarks.{name}").main
+    with pytest.raises(SystemExit) as ended:
+        command.run_command(lambda _: main(arguments))
+    assert ended.value.code == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_refused(err, message, tmp_path)
+
+
+def assert_refused(printed, message, folder):
+    """One line, and nothing written."""
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
 def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
