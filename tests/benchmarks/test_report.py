@@ -1,6 +1,7 @@
 """One CSV, a report and plots drawn from it, and what interrupts them."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,8 +222,29 @@ def test_measuring_needs_no_optional_package():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_script_is_valid_bash():
-    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all"], "unknown option --all"),
+        (["--out"], "--out needs a value"),
+        (["--tests", "nowhere"], "no tests at nowhere"),
+        (["--set", "all"], "argument --set: invalid choice: 'all'"),
+    ],
+)
+def test_script_refuses_bad_options(arguments, message, tmp_path):
+    """Before it installs, tests or writes anything."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", "--out", out, *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.slow
