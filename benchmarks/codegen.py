@@ -8,27 +8,31 @@ bar does not hold; the bars are :func:`complaints`.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
+    if find_spec("triton") is None:
+        sys.exit("error: triton is not installed: pip install triton")
 
 import torch
 import triton
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +40,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.command import Parser, check_folder, run_command
+from visproj.errors import InputError
 from visproj.kernels import configs
 from visproj.kernels.launch import Config
 
@@ -404,45 +410,73 @@ def _product_complaints(row: Row) -> list[str]:
     return found
 
 
-def main(
-    arch: Annotated[list[int] | None, typer.Option(help="80, 86, 89, 90, 100 or 120.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
-    first: Annotated[bool, typer.Option(help="Only the first choices.")] = False,
-    part: Annotated[str, typer.Option(help="I/N: every N-th kernel from I on.")] = "0/1",
-    out: Annotated[Path | None, typer.Option(help="JSON lines, one a kernel.")] = None,
-    amd: Annotated[bool, typer.Option(help="Compile for gfx942 instead.")] = False,
-) -> None:
-    """Compile, print a table, and exit with 1 if a bar does not hold."""
-    if amd:
-        for kernel in (*PRODUCTS_AND_ATTENTION, *ROW_KERNELS):
-            for name in dtype or DTYPES:
-                shared, mfma = compile_amd(kernel, name)
-                print(f"gfx942 {kernel} {name}: {shared} bytes shared, {mfma} v_mfma")
-                if shared > AMD_SHARED:
-                    raise typer.Exit(1)
-        return
-    index, parts = map(int, part.split("/"))
-    selected = list(jobs(arch or list(LIMITS), dtype or list(DTYPES), first))[index::parts]
+def _part(text: str) -> tuple[int, int]:
+    """``I/N`` with I below N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, parts = map(int, found.groups()) if found else (0, 0)
+    if index >= parts:
+        raise argparse.ArgumentTypeError(f"must be I/N with I below N, got {text!r}")
+    return index, parts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print a table, and return 1 if a bar does not hold.
+
+    Raises:
+        InputError: If options exclude each other.
+        OSError: If the file cannot be written; noticed before anything is compiled.
+    """
+    parser = Parser("python -m benchmarks.codegen", __doc__)
+    several: dict[str, Any] = {"action": "append"}
+    parser.add_argument("--arch", type=int, choices=LIMITS, help="repeat for more", **several)
+    parser.add_argument("--dtype", choices=DTYPES, help="repeat for more", **several)
+    parser.add_argument("--first", action="store_true", help="only the first choices")
+    parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: every N-th kernel from I")
+    parser.add_argument("--out", type=Path, help="file for JSON lines, one per kernel")
+    parser.add_argument("--amd", action="store_true", help="compile for gfx942 instead")
+    options = parser.parse_args(arguments)
+    dtypes = options.dtype or list(DTYPES)
+    if options.amd:
+        if options.arch or options.out or options.first or options.part != (0, 1):
+            raise InputError("--amd takes no other option than --dtype")
+        return _amd(dtypes)
+    if options.out is not None:
+        check_folder(options.out.parent)
+        options.out.touch()
+    index, parts = options.part
+    selected = list(jobs(options.arch or list(LIMITS), dtypes, options.first))[index::parts]
+    rows = [(row, complaints(row)) for row in (compile_row(*job) for job in selected)]
+    if options.out is not None:
+        lines = (json.dumps({**asdict(row), "complaints": wrong}) for row, wrong in rows)
+        options.out.write_text("\n".join(lines), encoding="utf-8")
+    Console(width=200).print(_table(rows))
+    failed = sum(bool(wrong) for _, wrong in rows)
+    print(f"triton {triton.__version__}: {len(selected)} compiled, {failed} with complaints")
+    return 1 if failed else 0
+
+
+def _amd(dtypes: list[str]) -> int:
+    for kernel in (*PRODUCTS_AND_ATTENTION, *ROW_KERNELS):
+        for name in dtypes:
+            shared, mfma = compile_amd(kernel, name)
+            print(f"gfx942 {kernel} {name}: {shared} bytes shared, {mfma} v_mfma")
+            if shared > AMD_SHARED:
+                return 1
+    return 0
+
+
+def _table(rows: Sequence[tuple[Row, list[str]]]) -> Table:
     table = Table("kernel", "sm", "dtype", "configuration", "registers", "stack", "shared KiB")
     for column in ("blocks an SM", "matrix instructions", "s", "complaints"):
         table.add_column(column)
-    failed, lines = 0, []
-    for job in selected:
-        row = compile_row(*job)
-        wrong = complaints(row)
-        failed += bool(wrong)
-        lines.append(json.dumps({**asdict(row), "complaints": wrong}))
+    for row, wrong in rows:
         matrix = {name: n for name, n in row.instructions.items() if "MMA" in name}
         dtype_name = f"fp32 {row.precision}" if row.dtype == "fp32" else row.dtype
         cells = (row.kernel, row.arch, dtype_name, row.config, row.registers, row.stack)
         more = (f"{row.shared / 1024:.0f}", row.blocks, matrix or "", row.seconds, "; ".join(wrong))
         table.add_row(*map(str, (*cells, *more)))
-    if out is not None:
-        out.write_text("\n".join(lines))
-    Console(width=200).print(table)
-    print(f"triton {triton.__version__}: {len(selected)} compiled, {failed} with complaints")
-    raise typer.Exit(1 if failed else 0)
+    return table
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

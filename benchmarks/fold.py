@@ -7,6 +7,7 @@ would do is counted on paper, and their errors are those of interpreting them.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
@@ -14,26 +15,27 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # PyTorch's paths, which are timed, do not notice
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import launches, measure, model
+from benchmarks.command import Parser, positive_int, require, run_command
 from benchmarks.peers import UpstreamPerceiver
 from visproj import PerceiverProjector, fold, use_backend
+from visproj.errors import BackendError
 from visproj.reference import projector_ref
 
 CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, launches.TOKENS
+MODULES = ("upstream", "fair", "folded")
 console = Console(width=100)
 
 
@@ -163,7 +165,7 @@ def memory_table(batch: int) -> Table:
     table = Table(title=f"Peak memory above the weights, fp32, batch {batch}", title_justify="left")
     table.add_column("module")
     table.add_column("MiB", justify="right")
-    for name in track(("upstream", "fair", "folded"), "memory", console=console, transient=True):
+    for name in track(MODULES, "memory", console=console, transient=True):
         table.add_row(name, f"{peak_mib(name, batch):.0f}")
     return table
 
@@ -197,15 +199,27 @@ def triton_tables() -> Iterator[Table]:
 
 
 @torch.no_grad()
-def main(
-    batch: Annotated[int, typer.Option(help="Images a call.")] = 8,
-    pairs: Annotated[int, typer.Option(help="Paired runs; the median is shown.")] = 7,
-    measure_memory: Annotated[str | None, typer.Option(hidden=True)] = None,
-) -> None:
-    """Compare the folded Perceiver with upstream's module and with a fair baseline."""
-    if measure_memory:
-        print(own_peak_mib(measure_memory, batch))
-        return
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare the folded Perceiver with upstream's module and with a fair baseline.
+
+    Raises:
+        MissingPackageError: Without Triton, whose kernels are interpreted.
+        BackendError: On another system than Linux, whose kernel reports peak memory.
+    """
+    parser = Parser("python -m benchmarks.fold", __doc__)
+    parser.add_argument("--batch", type=positive_int, default=8, help="images per call")
+    parser.add_argument(
+        "--pairs", type=positive_int, default=7, help="paired runs; the median is shown"
+    )
+    parser.add_argument("--measure-memory", choices=MODULES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    batch = options.batch
+    if options.measure_memory:
+        print(own_peak_mib(options.measure_memory, batch))
+        return 0
+    require("triton")
+    if not Path("/proc/self/clear_refs").exists():
+        raise BackendError("peak memory is read from /proc/self, which only Linux has")
     threads = torch.get_num_threads()
     console.print(
         f"torch {torch.__version__}, {threads} threads of {os.cpu_count()} on {platform.machine()}"
@@ -214,11 +228,12 @@ def main(
         "upstream: DeepSpeed-VisualChat's arithmetic, queries projected per image, attention maps "
         "through memory.\nfair: the same weights in visproj's plain module, SDPA, queries once."
     )
-    console.print(time_table(batch, pairs))
+    console.print(time_table(batch, options.pairs))
     console.print(memory_table(batch))
     console.print(error_table())
     console.print(*triton_tables())
+    return 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -10,18 +10,34 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+wrong() { printf 'error: %s; see --help\n' "$1" >&2 && exit 2; }
+
 set_name=quick minutes=4.5 out=visproj-bench tests=tests
 while [ $# -gt 0 ]; do
     case $1 in
     --full) set_name=full minutes= && shift ;;
-    --out) out=$2 && shift 2 ;;
-    --set) set_name=$2 && shift 2 ;;
-    --tests) tests=$2 && shift 2 ;;
-    *) sed -n '2,9p' "$0" && exit 2 ;;
+    --out | --set | --tests)
+        [ $# -ge 2 ] || wrong "$1 needs a value"
+        case $1 in
+        --out) out=$2 ;;
+        --set) set_name=$2 ;;
+        --tests) tests=$2 ;;
+        esac
+        shift 2
+        ;;
+    --help) sed -n '2,9p' "$0" && exit ;;
+    *) wrong "unknown option $1" ;;
     esac
 done
-mkdir -p "$out"
+[ -e "$tests" ] || wrong "no tests at $tests"
 python=${PYTHON:-python3}
+arguments=(--set "$set_name" --out "$out" ${minutes:+--minutes "$minutes"})
+if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
+    arguments+=(--graphs)
+fi
+# Bad options are noticed now, not after the tests: --help is read last.
+"$python" -m benchmarks.report "${arguments[@]}" --help >/dev/null || exit
+mkdir -p "$out" || exit
 failed=()
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
@@ -57,7 +73,6 @@ step tests timeout 200 "$python" -m pytest "$tests" -q "${parallel[@]}" \
 tail -n 5 "$out/tests.log"
 
 printf '== benchmarks, %s set (%s s)\n' "$set_name" "$SECONDS"
-arguments=(--set "$set_name" --out "$out" --graphs ${minutes:+--minutes "$minutes"})
 "$python" -m benchmarks.report "${arguments[@]}" 2>&1 | tee "$out/benchmarks.log" ||
     failed+=(benchmarks)
 

@@ -7,19 +7,19 @@ Launches that depend on weights alone, such as the queries' projection, are coun
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Sequence
 
 if __name__ == "__main__":
     # Counting starts no kernel; interpreting lets the Triton path be taken without a GPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from benchmarks import model, peers
+from benchmarks.command import Parser, positive_int, require, run_command
 from visproj import PerceiverProjector, use_backend
 
 TOKENS = 256
@@ -50,21 +50,28 @@ def count(batch: int, width: int = 1024, lang_dim: int = 4096) -> dict[str, dict
     return found
 
 
-def main(
-    batch: Annotated[list[int] | None, typer.Option(help="Images a call.")] = None,
-    every: Annotated[bool, typer.Option(help="Also list every launch of the Triton path.")] = False,
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for each batch size."""
+    parser = Parser("python -m benchmarks.launches", __doc__)
+    parser.add_argument(
+        "--batch", type=positive_int, action="append", help="images per call; repeat for more"
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="also list every launch of the Triton path"
+    )
+    options = parser.parse_args(arguments)
+    require("triton")
     console = Console(width=120)
-    for images in batch or [1, 8, 32]:
+    for images in options.batch or [1, 8, 32]:
         costs = count(images)
         console.print(cost_table(costs, ("forward", "backward"), images))
-        if every:
+        if options.every:
             for mode in ("forward", "backward"):
                 for launch in costs["visproj, Triton"][mode].launches:
                     note = " (weights alone)" if launch.weights_only else ""
                     gflop, megabytes = launch.flops / 1e9, launch.bytes / 1e6
                     print(f"{mode}: {launch.name} {gflop:.1f} GFLOP {megabytes:.1f} MB{note}")
+    return 0
 
 
 def cost_table(
@@ -94,4 +101,4 @@ def cost_table(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

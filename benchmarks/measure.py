@@ -1,4 +1,4 @@
-"""Clocks, spreads, what the profiler sees, and what the machine can do at best."""
+"""Clocks, spreads and what the profiler sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -166,33 +165,3 @@ def _allocator_peak(profiler: Any) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """The machine's own best: a large copy (bytes/s), a large matrix product by dtype (FLOP/s)."""
-
-    copy: float
-    matmul: dict[str, float]
-
-
-def ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Ceilings:
-    """Measure both, best of many runs: a busy machine must not have a low ceiling."""
-    on_gpu = device.type == "cuda"
-    source = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _best(lambda _: target.copy_(source), device)
-    side = 8192 if on_gpu else 1024
-    matmul = {}
-    for name, dtype in dtypes.items():
-        a = torch.randn(side, side, device=device).to(dtype)
-        matmul[name] = 2 * side**3 / _best(_product(a), device)
-    return Ceilings(copied, matmul)
-
-
-def _product(a: Tensor) -> Call:
-    return lambda _: a @ a
-
-
-def _best(call: Call, device: torch.device) -> float:
-    return min(paired_samples({"": call}, device, seconds=1)[""])

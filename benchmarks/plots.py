@@ -2,15 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import BASELINES, MODES
+from benchmarks.cases import BASELINES, IMPLEMENTATIONS
 from benchmarks.results import Results, Row
+from visproj.files import replacing
 
-# A taller picture would not be read.
-MOST_BARS = 40
+# A taller picture would not be read, and nobody looks at more pictures of one kind.
+MOST_BARS = 60
+MOST_PICTURES = 4
+PANELS_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What the bars of a picture show.
+
+    Attributes:
+        name: Start of the file's name.
+        title: What it is, for the picture's title.
+        label: The axis, with its unit.
+        value: Of a row, or ``None`` where it has none.
+        form: How the number beside a bar is written.
+        spread: 20th and 80th percentile of a row's value.
+        mark: Where a line is drawn, and what it means.
+        limited: Whether values beyond the mark are impossible unless the mark is wrong.
+    """
+
+    name: str
+    title: str
+    label: str
+    value: Callable[[Row], float | None]
+    form: str
+    spread: Callable[[Row], tuple[float, float]] | None = None
+    mark: tuple[float, str] | None = None
+    limited: bool = False
+
+
+def _speed_up(baseline: str) -> Quantity:
+    return Quantity(
+        f"speed_up_over_{baseline}",
+        f"speed-up over {baseline}",
+        f"time of {baseline} / time of it, median of pairs",
+        lambda row: getattr(row, f"vs_{baseline}"),
+        ".2f",
+        spread=lambda row: (
+            getattr(row, f"vs_{baseline}_p20"),
+            getattr(row, f"vs_{baseline}_p80"),
+        ),
+        mark=(1.0, f"as fast as {baseline}"),
+    )
+
+
+QUANTITIES = (
+    *map(_speed_up, BASELINES),
+    Quantity(
+        "share_of_floor",
+        "share of the floor",
+        "floor (model, at this machine's measured ceilings) / measured time, %",
+        lambda row: None if (share := row.share_of_model_floor) is None else 100 * share,
+        ".0f",
+        mark=(100.0, "floor"),
+        limited=True,
+    ),
+    Quantity(
+        "memory",
+        "peak memory",
+        "peak memory of a call above weights and inputs, MiB",
+        lambda row: row.peak_mib,
+        ".1f",
+    ),
+)
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -23,113 +89,175 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     timed = [row for row in results.rows if row.time_us is not None]
-    device = results.notes.get("device", "")
-    drawn = [
-        *(_speed_ups(timed, baseline, device, folder) for baseline in BASELINES),
-        _time_by_batch(timed, device, folder),
-        _bars(
-            timed,
-            lambda row: row.share_of_model_floor,
-            "share of the floor (floor: model, at this machine's measured ceilings)",
-            device,
-            folder / "share_of_floor.png",
-        ),
-        _bars(
-            timed,
-            lambda row: row.peak_mib,
-            "peak memory of a call above weights and inputs, MiB",
-            device,
-            folder / "memory.png",
-        ),
-    ]
-    return [path for path in drawn if path]
+    device = results.notes.get("device", "unknown device")
+    colours = _colours(timed)
+    drawn: list[Path] = []
+    for quantity in QUANTITIES:
+        for task in dict.fromkeys(row.task for row in timed):
+            rows = [r for r in timed if r.task == task and quantity.value(r) is not None]
+            for number, (range_shown, shown) in enumerate(_parts(rows), 1):
+                title = f"{task}: {quantity.title}, {range_shown}\n{device}"
+                name = f"{quantity.name}_{task}" + (f"_{number}" if number > 1 else "")
+                figure = _bars(quantity, shown, colours, title)
+                drawn.append(_save(figure, folder / f"{name}.png"))
+    if figure := _time_by_batch(timed, colours, device):
+        drawn.append(_save(figure, folder / "time_by_batch.png"))
+    return drawn
 
 
-def _label(row: Row) -> str:
-    return f"{row.task} {row.implementation}, {row.shape}, {row.mode}"
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for every implementation, the same in all pictures."""
+    names = [*(entry.name for entry in IMPLEMENTATIONS), *(row.implementation for row in rows)]
+    return {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
 
 
-def _speed_ups(rows: Sequence[Row], baseline: str, device: str, folder: Path) -> Path | None:
-    return _bars(
-        rows,
-        lambda row: getattr(row, f"vs_{baseline}"),
-        f"times faster than {baseline}",
-        device,
-        folder / f"speed_up_over_{baseline}.png",
-        spread=lambda row: (
-            getattr(row, f"vs_{baseline}_p20"),
-            getattr(row, f"vs_{baseline}_p80"),
-        ),
-        mark=1.0,
+def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each picture, mode by mode, and which of them all these are."""
+    modes = [*dict.fromkeys(row.mode for row in rows)]
+    ordered = sorted(rows, key=lambda row: modes.index(row.mode))
+    most = MOST_BARS * MOST_PICTURES
+    rest = "; those beyond are only in results.csv" if len(rows) > most else ""
+    for start in range(0, min(len(rows), most), MOST_BARS):
+        shown = ordered[start : min(start + MOST_BARS, most)]
+        last = start + len(shown)
+        range_shown = f"rows {start + 1} to {last} of {len(rows)}{rest}"
+        yield f"all {len(rows)} rows" if len(shown) == len(rows) else range_shown, shown
+
+
+def _bars(quantity: Quantity, rows: Sequence[Row], colours: dict[str, str], title: str) -> Any:
+    """One panel per mode and one horizontal bar per row."""
+    from matplotlib import pyplot as plt
+
+    panels = [(mode, list(group)) for mode, group in groupby(rows, lambda row: row.mode)]
+    figure, grid = plt.subplots(
+        len(panels),
+        1,
+        figsize=(10, 1.6 + 0.6 * len(panels) + 0.22 * len(rows)),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        height_ratios=[1 + len(group) for _, group in panels],
     )
+    for axes, (mode, group) in zip(grid[:, 0], panels, strict=True):
+        _panel(axes, quantity, group, colours)
+        axes.set_title(mode, fontsize=10, loc="left")
+    longest = max(_reach(quantity, row) for row in rows)
+    grid[0, 0].set_xlim(0, 1.15 * max(longest, quantity.mark[0] if quantity.mark else 0) or 1)
+    grid[-1, 0].set_xlabel(quantity.label)
+    figure.suptitle(title, fontsize=11)
+    handles, labels = _legend(quantity, rows, colours)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
 
 
-def _bars(
-    rows: Sequence[Row],
-    value: Callable[[Row], float | None],
-    label: str,
-    device: str,
-    path: Path,
-    *,
-    spread: Callable[[Row], tuple[float, float]] | None = None,
-    mark: float | None = None,
-) -> Path | None:
-    """One horizontal bar a row, in the order of the file."""
+def _panel(axes: Any, quantity: Quantity, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    for y, row in enumerate(rows):
+        value = quantity.value(row) or 0.0
+        hatch = "////" if _beyond(quantity, row) else None
+        colour = colours[row.implementation]
+        axes.barh(y, value, color=colour, hatch=hatch, edgecolor="white" if hatch else colour)
+        if quantity.spread:
+            axes.plot(quantity.spread(row), (y, y), color="black", linewidth=1)
+        text = format(value, quantity.form)
+        axes.text(_reach(quantity, row), y, f" {text}", va="center", fontsize=8)
+    if quantity.mark:
+        axes.axvline(quantity.mark[0], color="black", linewidth=0.8, linestyle="--")
+    labels, above = [], None
+    for row in rows:
+        labels.append(
+            row.implementation if row.shape == above else f"{row.shape}   " + row.implementation
+        )
+        above = row.shape
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _reach(quantity: Quantity, row: Row) -> float:
+    """Where a row's bar, or the line over it, ends."""
+    value = quantity.value(row) or 0.0
+    return max(value, *quantity.spread(row)) if quantity.spread else value
+
+
+def _beyond(quantity: Quantity, row: Row) -> bool:
+    value = quantity.value(row)
+    return bool(quantity.limited and quantity.mark and value and value > quantity.mark[0])
+
+
+def _legend(
+    quantity: Quantity, rows: Sequence[Row], colours: dict[str, str]
+) -> tuple[list[Any], list[str]]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    names = [*dict.fromkeys(row.implementation for row in rows)]
+    entries: list[tuple[Any, str]] = [(Patch(color=colours[name]), name) for name in names]
+    if quantity.spread:
+        entries.append((Line2D([], [], color="black", linewidth=1), "20th to 80th percentile"))
+    if quantity.mark:
+        line = Line2D([], [], color="black", linewidth=0.8, linestyle="--")
+        entries.append((line, quantity.mark[1]))
+    if any(_beyond(quantity, row) for row in rows):
+        patch = Patch(facecolor="grey", edgecolor="white", hatch="////")
+        entries.append((patch, "above 100 %: the measured floor is not a bound there"))
+    handles, labels = zip(*entries, strict=True)
+    return list(handles), list(labels)
+
+
+def _time_by_batch(rows: Sequence[Row], colours: dict[str, str], device: str) -> Any:
+    """Forward time against batch size, one panel per task, at the place with the most batches."""
     from matplotlib import pyplot as plt
 
-    shown = [(row, v) for row in rows if (v := value(row)) is not None][:MOST_BARS]
-    if not shown:
+    chosen = _widest(rows)
+    if not chosen:
         return None
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.24 * len(shown)), layout="constrained")
-    colours = [f"C{MODES.index(row.mode) if row.mode in MODES else 3}" for row, _ in shown]
-    lengths = [v for _, v in shown]
-    axes.barh([_label(row) for row, _ in shown], lengths, color=colours)
-    if spread:
-        for y, (row, _) in enumerate(shown):
-            axes.plot(spread(row), (y, y), color="black", linewidth=1)
-    if mark is not None:
-        axes.axvline(mark, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=7)
-    axes.set_xlabel(label)
-    axes.set_title(device, fontsize=9)
-    return _save(figure, path)
+    columns = min(PANELS_IN_A_ROW, len(chosen))
+    lines_of_panels = -(-len(chosen) // columns)
+    figure, panels = plt.subplots(
+        lines_of_panels,
+        columns,
+        figsize=(5 * columns, 1 + 3.8 * lines_of_panels),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in panels.flat[len(chosen) :]:
+        axes.set_visible(False)
+    for axes, (task, (place, lines)) in zip(panels.flat, chosen.items(), strict=False):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda row: row.batch)
+            times = [(row.time_us or 0.0) / 1e3 for row in points]
+            batches = [row.batch for row in points]
+            axes.plot(batches, times, marker="o", label=name, color=colours[name])
+        axes.set_xticks(sorted({row.batch for points in lines.values() for row in points}))
+        axes.set(xlabel="images per call", ylabel="forward, ms")
+        axes.set(xlim=(0, 1.05 * axes.get_xlim()[1]), ylim=(0, None))
+        axes.set_title(f"{task}\n{place}", fontsize=10)
+        axes.legend(fontsize=9)
+    figure.suptitle(f"time by batch size\n{device}", fontsize=11)
+    return figure
 
 
-def _time_by_batch(rows: Sequence[Row], device: str, folder: Path) -> Path | None:
-    """Forward time against batch size, one panel a task, for its widest range of batches."""
-    from matplotlib import pyplot as plt
-
-    series: dict[tuple[str, str], dict[str, list[Row]]] = {}
+def _widest(rows: Sequence[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
+    """By task, the place with the most batch sizes and its rows by implementation."""
+    places: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for row in rows:
         if row.mode == "forward":
             place = f"{row.encoder}, D {row.lang_dim}, {row.dtype}"
-            series.setdefault((row.task, place), {}).setdefault(row.implementation, []).append(row)
-    chosen: dict[str, tuple[str, dict[str, list[Row]]]] = {}
-    for (task, place), lines in series.items():
-        most = max(map(len, lines.values()))
-        if most > 1 and (task not in chosen or most > max(map(len, chosen[task][1].values()))):
-            chosen[task] = place, lines
-    if not chosen:
-        return None
-    figure, panels = plt.subplots(
-        1, len(chosen), figsize=(4 * len(chosen), 3.6), layout="constrained", squeeze=False
-    )
-    for axes, (task, (place, lines)) in zip(panels[0], chosen.items(), strict=True):
-        for implementation, points in lines.items():
-            points = sorted(points, key=lambda row: row.batch)
-            times = [(row.time_us or 0.0) / 1e3 for row in points]
-            axes.plot([row.batch for row in points], times, marker="o", label=implementation)
-        axes.set(xlabel="images a call", ylabel="forward, ms", xlim=(0, None), ylim=(0, None))
-        axes.set_title(f"{task}: {place}", fontsize=8)
-        axes.legend(fontsize=7)
-    figure.suptitle(device, fontsize=9)
-    return _save(figure, folder / "time_by_batch.png")
+            lines = places.setdefault(row.task, {}).setdefault(place, {})
+            lines.setdefault(row.implementation, []).append(row)
+    chosen = {}
+    for task, found in places.items():
+        place = max(found, key=lambda name: max(map(len, found[name].values())))
+        if max(map(len, found[place].values())) > 1:
+            others = f" (1 of {len(found)} shapes)" if len(found) > 1 else ""
+            chosen[task] = place + others, found[place]
+    return chosen
 
 
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path

@@ -6,7 +6,7 @@ Writes ``results.csv``, ``report.md`` and plots; the latter two come from the CS
 
 from __future__ import annotations
 
-import argparse
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, suite
+from benchmarks import suite
 from benchmarks.cases import SETS, Group, groups
+from benchmarks.ceilings import Ceilings
+from benchmarks.command import Parser, check_folder, finite, run_command
 from benchmarks.results import (
     FAILED,
     LEFT_OUT,
@@ -27,6 +29,8 @@ from benchmarks.results import (
     machine_notes,
     read,
 )
+from visproj.errors import BackendError, InputError
+from visproj.files import replacing
 
 ENDED_EARLY = "ended early"
 EXPLANATION = """\
@@ -38,8 +42,9 @@ is that of one call above weights and inputs.
 
 **Columns headed "model" are counted and computed, not measured.** The floor is the larger of the
 row's FLOPs at this machine's best matrix product and its smallest traffic at this machine's best
-copy, both measured at the start; "share of floor (model)" is that floor divided by the measured
-time. The H100 and A100 columns are a roofline at published rates.
+memory rate for a working set of that size, both measured beside every group; "share of floor
+(model)" is that floor divided by the measured time. The H100 and A100 columns are a roofline at
+published rates.
 
 Every implementation was compared with the fp64 oracle before it was timed, at the shape that was
 timed: outputs, and where it trains all gradients for a random gradient of the output. The whole
@@ -66,17 +71,14 @@ def run(
         graphs: Whether to time forwards from CUDA graphs as well.
     """
     todo = groups(set_name)
-    print("measuring the machine's ceilings", flush=True)
-    ceilings = measure.ceilings(device, suite.dtypes_of(todo))
+    ceilings = Ceilings(device)
     notes = {"set": set_name, **machine_notes(device)}
-    notes["large copy"] = f"{ceilings.copy / 1e9:.1f} GB/s"
-    notes["large matmul"] = ", ".join(
-        f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in ceilings.matmul.items()
-    )
-    start = time.monotonic()
     done = 0
     with Writer(path, notes) as writer:
         try:
+            print("measuring the machine's ceilings", flush=True)
+            ceilings.measure(dict.fromkeys(group.shape.dtype for group in todo))
+            start = time.monotonic()
             for group in progress(todo):
                 if minutes is not None and time.monotonic() - start > 60 * minutes:
                     break
@@ -92,6 +94,8 @@ def run(
                     done += 1
         except KeyboardInterrupt:
             print("\nstopped: what was measured is kept", flush=True)
+        for name, text in ceilings.notes().items():
+            writer.note(name, text)
         if done < len(todo):
             writer.note("stopped early", f"{done} of {len(todo)} groups")
     return done == len(todo)
@@ -127,7 +131,7 @@ def markdown(results: Results, old: Results | None = None, pictures: Sequence[Pa
             "## Failed: no time",
             table(("task", "implementation", "shape", "mode", "why"), listed),
         ]
-    parts += ["## Measured", *_measured(results.rows)]
+    parts += ["## Measured", *(list(_measured(results.rows)) or ["Nothing was timed."])]
     reasons = sorted({(r.task, r.implementation, r.dtype, r.reason) for r in _left_out(results)})
     if reasons:
         parts += ["## Left out", table(("task", "implementation", "dtype", "why"), reasons)]
@@ -139,7 +143,8 @@ def markdown(results: Results, old: Results | None = None, pictures: Sequence[Pa
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _left_out(results: Results) -> list[Row]:
@@ -147,7 +152,7 @@ def _left_out(results: Results) -> list[Row]:
 
 
 def _measured(rows: Sequence[Row]) -> Iterator[str]:
-    """One table a task and mode."""
+    """One table per task and mode."""
     timed = [row for row in rows if row.time_us is not None]
     heads = (
         "shape",
@@ -167,6 +172,12 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
         "H100, µs (model)",
         "A100, µs (model)",
     )
+    beyond = sum(row.beats_floor for row in timed)
+    if beyond:
+        yield (
+            f"{beyond} of {len(timed)} rows are faster than their floor (marked *): its rates were "
+            "measured while the machine was slower, so there it is not a bound."
+        )
     for task, mode in dict.fromkeys((row.task, row.mode) for row in timed):
         yield f"### {task}, {mode}"
         yield table(
@@ -183,10 +194,10 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
                     _number(row.kernel_us, ".1f"),
                     _number(row.output_error, ".0e"),
                     _number(row.gradient_error, ".0e"),
-                    f"{row.checked_images} of {row.batch}",
+                    f"{_number(row.checked_images, 'd')} of {row.batch}",
                     _number(row.model_gflop, ".3g"),
                     _number(row.model_launches, "d"),
-                    _number(row.share_of_model_floor, ".0%"),
+                    _number(row.share_of_model_floor, ".0%") + "*" * row.beats_floor,
                     _number(row.model_h100_us, ".0f"),
                     _number(row.model_a100_us, ".0f"),
                 )
@@ -199,10 +210,14 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
 def _changes(old: Results, new: Results) -> Iterator[str]:
     changes = compare(old, new)
     yardstick = sorted(c.time for c in changes if c.change is None)
+    was, now = (results.notes.get("device", "unknown") for results in (old, new))
+    other_device = "" if was == now else f", another device than {now}"
     yield (
-        f"Against commit {old.notes.get('commit', 'unknown')} on {old.notes.get('device')}: "
-        f"{len(changes)} rows in both runs."
+        f"Against commit {old.notes.get('commit', 'unknown')} on {was}{other_device}: "
+        f"{len(changes)} rows were timed in both runs."
     )
+    if not changes:
+        return
     if yardstick:
         yield (
             "Judged by the ratio to the fair baseline, whose code does not change. Its own times "
@@ -254,38 +269,73 @@ def write_report(path: Path, old: Results | None) -> str:
         print(f"no plots: {missing}", flush=True)
         pictures = []
     text = markdown(results, old, pictures)
-    (path.parent / "report.md").write_text(text)
+    _write(path.parent / "report.md", text)
     return text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 if an implementation failed its check or a group broke off, else 0."""
-    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: If the benchmarks know no such device.
+        BackendError: If there is none here.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise BackendError(f"--device {name}: PyTorch sees {count} CUDA devices here")
+    return device
+
+
+def _parser() -> Parser:
+    parser = Parser("visproj bench", __doc__)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--set", default="quick" if on_gpu else "smoke", choices=SETS)
     parser.add_argument("--out", type=Path, default=Path("visproj-bench"), help="folder")
-    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="tell what changed since")
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="report changes since")
     parser.add_argument("--from-csv", type=Path, help="do not measure: report this file")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for a group in one mode")
-    parser.add_argument("--minutes", type=float, help="start no new group after this long")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--seconds", type=finite(0), default=0.3, help="time for a group in one mode"
+    )
+    parser.add_argument(
+        "--minutes", type=finite(0, above=True), help="start no new group after this long"
+    )
     parser.add_argument("--graphs", action="store_true", help="time CUDA graphs as well")
-    options = parser.parse_args(arguments)
+    return parser
 
-    try:
-        old, done = (p and read(p) for p in (options.compare, options.from_csv))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 if an implementation failed its check or a group broke off, else 0.
+
+    Raises:
+        VisprojError: If an option or a file cannot be used, before anything is written.
+        OSError: If a file cannot be read or the folder cannot be written to.
+    """
+    options = _parser().parse_args(arguments)
+    device = _device(options.device)
+    if options.graphs and device.type != "cuda":
+        raise InputError(f"--graphs needs a CUDA device, got --device {options.device}")
+    old, done = (path and read(path) for path in (options.compare, options.from_csv))
+    check_folder(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.csv"
     if done:
         if options.from_csv.resolve() != path.resolve():
-            path.write_text(options.from_csv.read_text())
+            _write(path, options.from_csv.read_text(encoding="utf-8"))
     else:
         run(
             options.set,
             path,
-            device=torch.device(options.device),
+            device=device,
             seconds=options.seconds,
             minutes=options.minutes,
             graphs=options.graphs,
@@ -301,4 +351,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import subprocess
@@ -15,10 +16,12 @@ from typing import Any, get_type_hints
 
 import torch
 
+from visproj.errors import InputError
+
 OK, FAILED, LEFT_OUT = "ok", "failed", "left out"
 # What others are compared with from run to run: code of a peer, which does not change.
 YARDSTICK = "fair"
-# A change is told from this on, if it is also beyond the spread of both runs.
+# Smaller changes are not reported, nor those within the spread of either run.
 LEAST_CHANGE = 0.05
 
 
@@ -71,6 +74,11 @@ class Row:
         return f"{self.encoder}-D{self.lang_dim}-B{self.batch}-{self.dtype}"
 
     @property
+    def beats_floor(self) -> bool:
+        """Whether it was faster than its floor, which is then no bound."""
+        return (self.share_of_model_floor or 0.0) > 1
+
+    @property
     def key(self) -> tuple[str, str, str, str]:
         """What a row of another run must share to be compared with this one."""
         return self.task, self.shape, self.mode, self.implementation
@@ -91,7 +99,7 @@ class Writer:
     """Writes rows as they come, so that a run that ends early leaves what it had."""
 
     def __init__(self, path: Path, notes: dict[str, str]) -> None:
-        self._file = path.open("w", newline="")
+        self._file = path.open("w", newline="", encoding="utf-8")
         for name, text in notes.items():
             self.note(name, text)
         self._csv = csv.DictWriter(self._file, [field.name for field in fields(Row)])
@@ -125,23 +133,72 @@ def read(path: Path) -> Results:
     """Read what :class:`Writer` wrote.
 
     Raises:
-        ValueError: If the file has other columns.
+        OSError: If it cannot be read.
+        InputError: If it has other columns or is damaged; the message names the line.
     """
-    lines = path.read_text().splitlines()
-    notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    table = csv.DictReader(line for line in lines if not line.startswith("# "))
-    if set(table.fieldnames or ()) != set(_TYPES):
-        raise ValueError(f"{path} is no benchmark result, or one of another version")
-    return Results(notes, [Row(**{k: _parse(k, v) for k, v in row.items()}) for row in table])
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a benchmark result: it is not text") from error
+    notes: dict[str, str] = {}
+    numbered = []
+    for number, line in enumerate(lines, 1):
+        if line.startswith("# "):
+            name, _, text = line[2:].partition(": ")
+            notes[name] = text
+        elif line:
+            numbered.append((number, line))
+    try:
+        columns, *table = csv.reader([line for _, line in numbered] or [""])
+    except csv.Error as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if sorted(columns) != sorted(_TYPES):
+        raise InputError(f"{path} is not a benchmark result, or is one of another version")
+    rows = [
+        _row(path, number, columns, cells)
+        for (number, _), cells in zip(numbered[1:], table, strict=False)
+    ]
+    return Results(notes, rows)
+
+
+def _row(path: Path, number: int, columns: list[str], cells: list[str]) -> Row:
+    try:
+        if len(cells) != len(columns):
+            raise ValueError(f"{len(cells)} values instead of {len(columns)}")
+        row = Row(**{name: _parse(name, text) for name, text in zip(columns, cells, strict=True)})
+        _check(row)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged in line {number}: {error}") from error
+    return row
+
+
+def _check(row: Row) -> None:
+    """Raise ``ValueError`` if no run can have given this row."""
+    if row.status not in (OK, FAILED, LEFT_OUT):
+        raise ValueError(f"status is {row.status!r}")
+    if (row.status == OK) != (row.time_us is not None):
+        raise ValueError(f"status is {row.status!r} and time_us {row.time_us}")
+    for name in ("time_us", "vs_upstream", "vs_fair"):
+        low, middle, high = (getattr(row, name + end) for end in ("_p20", "", "_p80"))
+        if (low, middle, high) == (None, None, None):
+            continue
+        if None in (low, middle, high) or not 0 < low <= middle <= high:
+            raise ValueError(f"{name} is {middle} between {low} and {high}")
 
 
 def _parse(name: str, text: str) -> Any:
     kind = _TYPES[name]
     if kind is str:
         return text
-    if text == "":
+    if text == "" and kind is not int:
         return None
-    return int(text) if kind in (int, int | None) else float(text)
+    number = int(text) if kind in (int, int | None) else float(text)
+    # A result that is not finite has an infinite error.
+    if number < 0 or not (math.isfinite(number) or (name.endswith("_error") and number > 0)):
+        raise ValueError(f"{name} is {text}")
+    return number
 
 
 @dataclass(frozen=True)

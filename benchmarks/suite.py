@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.cases import (
     Shape,
     Task,
 )
+from benchmarks.ceilings import Ceilings
 from benchmarks.check import Truth, Verdict, check, checked_images, find_truth
 from benchmarks.results import FAILED, LEFT_OUT, Row
 
@@ -52,6 +53,11 @@ class Candidate:
         """Whether it has a backward, if ``mode`` needs one."""
         return self.entry.trains or mode in ("forward", GRAPH_MODE)
 
+    def cost(self, mode: str) -> model.Cost:
+        """What a call costs on paper; a CUDA graph's is that of the forward."""
+        assert self.costs is not None
+        return self.costs["forward" if mode == GRAPH_MODE else mode]
+
 
 @dataclass
 class Prepared:
@@ -81,6 +87,14 @@ class Prepared:
                 except Exception as error:
                     failures[candidate.entry.name] = _one_line(error)
         return calls, failures
+
+    def working_sets(self, mode: str) -> set[int]:
+        """Bytes that the candidates cannot avoid to touch in this mode."""
+        return {
+            candidate.cost(mode).min_bytes
+            for candidate in self.candidates
+            if candidate.fit and candidate.has(mode)
+        }
 
     def call(self, candidate: Candidate, mode: str) -> measure.Call:
         """One call of a candidate, its inputs rotated by the number it is given.
@@ -200,7 +214,7 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
 def measured(
     group: Group,
     device: torch.device,
-    ceilings: measure.Ceilings,
+    ceilings: Ceilings,
     *,
     seconds: float,
     graphs: bool = False,
@@ -210,7 +224,7 @@ def measured(
     Args:
         group: What to measure.
         device: Where.
-        ceilings: The machine's own.
+        ceilings: The machine's own; measured again beside every mode.
         seconds: Time for all implementations in one mode together, s, beyond the least samples.
         graphs: Whether to time the forward from CUDA graphs as well.
     """
@@ -223,9 +237,12 @@ def measured(
                 yield _rows(prepared, mode, ceilings, seconds)
 
 
-def _rows(prepared: Prepared, mode: str, ceilings: measure.Ceilings, seconds: float) -> list[Row]:
+def _rows(prepared: Prepared, mode: str, ceilings: Ceilings, seconds: float) -> list[Row]:
     calls, failures = prepared.calls(mode)
+    working_sets = prepared.working_sets(mode)
+    ceilings.observe(prepared.group.shape, working_sets)
     samples = measure.paired_samples(calls, prepared.device, seconds)
+    ceilings.observe(prepared.group.shape, working_sets)
     rows = []
     for candidate in prepared.candidates:
         if not candidate.has(mode):
@@ -241,9 +258,7 @@ def _rows(prepared: Prepared, mode: str, ceilings: measure.Ceilings, seconds: fl
     return rows
 
 
-def _untimed(
-    prepared: Prepared, candidate: Candidate, mode: str, ceilings: measure.Ceilings
-) -> Row:
+def _untimed(prepared: Prepared, candidate: Candidate, mode: str, ceilings: Ceilings) -> Row:
     """Everything about a candidate that needs no clock."""
     shape, verdict = prepared.group.shape, candidate.verdict
     row = Row(
@@ -267,9 +282,8 @@ def _untimed(
     )
     if verdict.failure:
         return replace(row, status=FAILED, reason=verdict.failure)
-    assert candidate.costs is not None
-    cost = candidate.costs["forward" if mode == GRAPH_MODE else mode]
-    floor = cost.floor_seconds(ceilings.matmul[shape.dtype], ceilings.copy)
+    cost = candidate.cost(mode)
+    floor = ceilings.floor_seconds(cost, shape.dtype)
     row = replace(
         row,
         model_gflop=cost.flops / 1e9,
@@ -305,8 +319,3 @@ def _timed(row: Row, samples: dict[str, list[float]], profile: measure.Profile) 
     assert row.model_floor_us is not None
     values["share_of_model_floor"] = row.model_floor_us / time.median
     return replace(row, **values)
-
-
-def dtypes_of(groups: Iterable[Group]) -> dict[str, torch.dtype]:
-    """The dtypes that the groups need a ceiling for."""
-    return {group.shape.dtype: DTYPES[group.shape.dtype] for group in groups}

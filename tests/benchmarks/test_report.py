@@ -1,12 +1,13 @@
 """One CSV, a report and plots drawn from it, and what interrupts them."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from benchmarks_support import add, use_small_set
+from benchmarks_support import FixedCeilings, add, use_small_set
 
 from benchmarks import cases, report, suite
 from benchmarks.results import Row, read
@@ -25,15 +26,16 @@ def test_csv_report_and_plots(monkeypatch, tmp_path, capsys):
     use_small_set(monkeypatch)
     assert run(tmp_path) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    pictures = {"speed_up_over_fair.png", "share_of_floor.png", "memory.png", "time_by_batch.png"}
+    kinds = ("speed_up_over_fair", "share_of_floor", "memory")
+    pictures = {"time_by_batch.png", *(f"{kind}_linear_layer_norm.png" for kind in kinds)}
     assert names == {"results.csv", "report.md", *pictures}
     results = read(tmp_path / "results.csv")
     # Three batches; fair, liger and visproj; three modes.
     assert len(results.rows) == 27
     assert {row.status for row in results.rows} == {"ok", "left out"}
-    assert results.notes["large copy"] == "10.0 GB/s"
+    assert results.notes["best memory"] == "256 MiB 10.0 GB/s"
     text = (tmp_path / "report.md").read_text()
-    for note in ("device", "versions", "commit", "large copy", "large matmul"):
+    for note in ("device", "versions", "commit", "best memory", "best matmul"):
         assert f"- {note}: " in text
     for picture in pictures:
         assert f"({picture})" in text
@@ -145,10 +147,57 @@ def test_a_group_that_cannot_run_does_not_stop_the_others(monkeypatch, tmp_path)
 
 def test_time_limit(monkeypatch, tmp_path):
     use_small_set(monkeypatch)
-    run(tmp_path, "--minutes", "0")
+    run(tmp_path, "--minutes", "1e-9")
     results = read(tmp_path / "results.csv")
     assert results.rows == []
     assert results.notes["stopped early"] == "0 of 3 groups"
+    assert "Nothing was timed." in (tmp_path / "report.md").read_text()
+
+
+def test_ctrl_c_while_ceilings_are_measured(monkeypatch, tmp_path):
+    use_small_set(monkeypatch)
+
+    def interrupted(self, dtypes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FixedCeilings, "measure", interrupted)
+    assert run(tmp_path) == 0
+    assert read(tmp_path / "results.csv").notes["stopped early"] == "0 of 3 groups"
+
+
+def test_a_share_above_100_percent_is_no_bound(monkeypatch, tmp_path):
+    use_small_set(monkeypatch, 1)
+    run(tmp_path)
+    path = tmp_path / "results.csv"
+    results = read(path)
+    timed = [row for row in results.rows if row.time_us]
+    with report.Writer(path, results.notes) as writer:
+        for row in results.rows:
+            share = row.time_us and (1.5 if row == timed[0] else 0.5)
+            writer.write([dataclasses.replace(row, share_of_model_floor=share)])
+    run(tmp_path / "again", "--from-csv", str(path))
+    text = (tmp_path / "again" / "report.md").read_text()
+    assert f"1 of {len(timed)} rows are faster than their floor (marked *)" in text
+    assert text.count("| 150%* |") == 1
+    assert text.count("| 50% |") == len(timed) - 1
+
+
+def test_no_rows_in_common(monkeypatch, tmp_path, capsys):
+    use_small_set(monkeypatch, 1)
+    run(tmp_path)
+    with report.Writer(tmp_path / "old.csv", {}) as writer:
+        writer.write([])
+    capsys.readouterr()
+    path = str(tmp_path / "results.csv")
+    run(tmp_path / "new", "--from-csv", path, "--compare", str(tmp_path / "old.csv"))
+    out = capsys.readouterr().out
+    assert "Against commit unknown on unknown, another device than" in out
+    assert "0 rows were timed in both runs." in out
+    assert "No row changed" not in out
+
+
+def test_tables_keep_their_columns():
+    assert report.table(("a",), [("x | y",)]).splitlines()[-1] == "| x \\| y |"
 
 
 def test_without_rich_and_matplotlib(monkeypatch, tmp_path, capsys):
@@ -173,23 +222,29 @@ def test_measuring_needs_no_optional_package():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_bench_command(tmp_path):
-    """From any folder; what the report does not understand is one line."""
-    pytest.importorskip("typer")
-    command = [sys.executable, "-m", "visproj.cli", "bench"]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "--help"], **options)
-    assert done.returncode == 0
-    for option in ("--set", "--compare OLD.csv", "--from-csv", "--minutes", "--graphs"):
-        assert option in done.stdout
-    done = subprocess.run([*command, "--compare", "nowhere.csv"], **options)
-    assert done.returncode == 2
-    assert done.stderr.endswith("No such file or directory: 'nowhere.csv'\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_script_is_valid_bash():
-    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], check=True)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all"], "unknown option --all"),
+        (["--out"], "--out needs a value"),
+        (["--tests", "nowhere"], "no tests at nowhere"),
+        (["--set", "all"], "argument --set: invalid choice: 'all'"),
+    ],
+)
+def test_script_refuses_bad_options(arguments, message, tmp_path):
+    """Before it installs, tests or writes anything."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", "--out", out, *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.slow

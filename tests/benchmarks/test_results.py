@@ -4,12 +4,14 @@ import dataclasses
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmarks_support import CPU
 
 from benchmarks.measure import paired_samples, ratios, spread
 from benchmarks.results import Results, Row, Writer, compare, machine_notes, read
+from visproj.errors import InputError
 
 
 def row(implementation="visproj", samples=(100.0, 101.0, 99.0, 100.0, 102.0), **values):
@@ -35,7 +37,10 @@ def slowed(results, factor, implementation):
 
 
 def test_round_trip(tmp_path):
-    failed = replace(row(), status="failed", reason="output, error 1, of 2", time_us=None)
+    untimed = dict.fromkeys(("time_us", "time_us_p20", "time_us_p80"))
+    failed = replace(
+        row(), status="failed", reason="output, error 1, of 2", output_error=float("inf"), **untimed
+    )
     rows = [row("fair", launches=3, peak_mib=1.5), failed]
     path = tmp_path / "results.csv"
     with Writer(path, {"device": "a: machine"}) as writer:
@@ -47,11 +52,54 @@ def test_round_trip(tmp_path):
     assert results.notes == {"device": "a: machine", "stopped early": "1 of 2 groups"}
 
 
-def test_foreign_file(tmp_path):
-    path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"other\.csv is no benchmark result"):
+def damaged(column, text):
+    """A file whose only row, in line 3, has another value in a column."""
+
+    def change(lines):
+        cells = lines[2].split(",")
+        cells[lines[1].split(",").index(column)] = text
+        return [*lines[:2], ",".join(cells)]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: ["a,b", "1,2"], "is not a benchmark result"),
+        (lambda lines: [], "is not a benchmark result"),
+        (lambda lines: [lines[1].removesuffix(",model_a100_us")], "or is one of another version"),
+        (lambda lines: [*lines, lines[1]], r"is damaged in line 4: invalid literal for int"),
+        (lambda lines: [*lines[:2], lines[2][:60]], r"is damaged in line 3: \d+ values instead"),
+        (damaged("batch", ""), "is damaged in line 3: invalid literal for int"),
+        (damaged("peak_mib", "much"), "could not convert string to float: 'much'"),
+        (damaged("time_us", "nan"), "line 3: time_us is nan"),
+        (damaged("time_us", "-1"), "line 3: time_us is -1"),
+        (damaged("time_us", ""), "status is 'ok' and time_us None"),
+        (damaged("time_us", "7"), "time_us is 7.0 between 99.8 and 101.2"),
+        (damaged("vs_fair", "2"), "vs_fair is 2.0 between None and None"),
+        (damaged("share_of_model_floor", "inf"), "share_of_model_floor is inf"),
+        (damaged("status", "fine"), "status is 'fine'"),
+    ],
+)
+def test_damaged_file(tmp_path, change, message):
+    path = tmp_path / "results.csv"
+    with Writer(path, {"device": "a machine"}) as writer:
+        writer.write([row()])
+    assert read(path).rows == [row()]
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(InputError, match=message) as raised:
         read(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(InputError, match="it is not text"):
+        read(path)
+    with pytest.raises(FileNotFoundError, match="no file nowhere"):
+        read(Path("nowhere.csv"))
 
 
 def test_spread():
