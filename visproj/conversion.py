@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from visproj.errors import InputError
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
+from visproj.projectors.description import check_module, clip_config
 from visproj.projectors.vit import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer
 
 _PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
@@ -43,12 +43,14 @@ def convert(model: nn.Module) -> list[str]:
         The names of the modules that were replaced.
 
     Raises:
+        TypeError: If ``model`` is not a module.
         ValueError: If there is no projector in ``model``, or one that cannot be replaced: with
             hooks of its own, with adapters or other replacements inside, or of shapes that do not
             go together. Then nothing has been replaced.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``.
     """
+    check_module("convert", model)
     if _kind("", model) is not None:
         raise InputError(
             f"{type(model).__name__} is a projector itself: pass the module that holds it"
@@ -71,9 +73,11 @@ def revert(model: nn.Module) -> list[str]:
         The names of the modules that were put back.
 
     Raises:
+        TypeError: If ``model`` is not a module.
         ValueError: If there is no converted projector in ``model``, or one with hooks of its own.
             Then nothing has been put back.
     """
+    check_module("revert", model)
     return _replace(model, _original, "holds no projector that visproj.convert put there")
 
 
@@ -162,7 +166,7 @@ def _kind(name: str, module: nn.Module) -> str | None:
 def _check_types(kind: str, module: nn.Module) -> None:
     """Raise unless every module below has exactly the type that ours has there."""
     with torch.device("meta"):
-        ours = build_projector(kind, _clip_config(4, 4, 1, "gelu", 0.0), 4)
+        ours = build_projector(kind, clip_config(4, 4, 1, "gelu", 0.0), 4)
     for name, wanted in ours.named_modules():
         if isinstance(wanted, (*_PROJECTORS, *_CLIP)):
             continue
@@ -209,7 +213,7 @@ def _vit(module: Any) -> nn.Module:
         raise InputError("its vis_layer has gradient checkpointing on, which ours does not know")
     attention, mlp = module.vis_layer.self_attn, module.vis_layer.mlp
     linear = module.projection[0]
-    config = _clip_config(
+    config = clip_config(
         linear.in_features,
         mlp.fc1.out_features,
         attention.num_heads,
@@ -217,19 +221,6 @@ def _vit(module: Any) -> nn.Module:
         attention.dropout,
     )
     return ViTProjector(config, linear.out_features)
-
-
-def _clip_config(
-    width: int, intermediate: int, heads: int, activation: str, dropout: float
-) -> SimpleNamespace:
-    return SimpleNamespace(
-        hidden_size=width,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        hidden_act=activation,
-        layer_norm_eps=1e-5,  # the LayerNorms themselves are carried over
-        attention_dropout=dropout,
-    )
 
 
 def _activation(function: Callable[[Tensor], Tensor]) -> str:

@@ -74,7 +74,8 @@ def check_weight_file(path: Path) -> None:
 
 
 _TEXT = frozenset(b"\t\r\n" + bytes(range(32, 127)))
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_ZIP = b"PK\x03\x04"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def check_weight_files(path: Path) -> None:
@@ -115,7 +116,7 @@ def _opened_by_loaders(directory: Path) -> list[Path]:
     return sorted(
         file
         for file in directory.iterdir()
-        if file.suffix.lower() in _WEIGHT_SUFFIXES
+        if file.suffix.lower() in WEIGHT_SUFFIXES
         and not file.name.startswith(".")
         and not file.is_dir()
     )
@@ -130,7 +131,7 @@ def _check_container(path: Path) -> None:
         start = file.read(4)
     if path.suffix.lower() == ".gguf" and start != b"GGUF":
         raise InputError(f"{path} is not a GGUF file: it begins with {start!r}")
-    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+    if start == _ZIP and not zipfile.is_zipfile(path):
         raise InputError(f"{path} is truncated: download it again")
 
 
@@ -146,7 +147,8 @@ def _open_safetensors(path: Path) -> Any:
 class TensorFile:
     """The tensors of one ``.safetensors`` or ``.bin`` file, mapped: only what is used is read.
 
-    ``metadata`` is what a safetensors file says of itself, and empty for a ``.bin``.
+    Which of the two it is, is read from the file, whatever its name. ``metadata`` is what a
+    safetensors file says of itself, and empty for a ``.bin``.
 
     A ``.bin`` is read by PyTorch's restricted unpickler, which builds tensors and runs no code.
 
@@ -161,7 +163,8 @@ class TensorFile:
         self.keys: frozenset[str]
         self.metadata: dict[str, str] = {}
         self._get: Callable[[str], Any]
-        if path.suffix == ".safetensors":
+        self.is_safetensors = _is_safetensors(path)
+        if self.is_safetensors:
             handle = _open_safetensors(path)
             self.keys = frozenset(handle.keys())
             self.metadata = handle.metadata() or {}
@@ -217,6 +220,38 @@ class TensorFile:
                 f"{tensor.layout} {type(tensor).__name__} of {tensor.dtype} on {tensor.device.type}"
             )
         return tensor.detach()
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of a tensor in memory, cast to ``dtype`` if that is given.
+
+        Raises:
+            ValueError: As :meth:`tensor` and :func:`cast` do.
+        """
+        stored = self.tensor(key)
+        result = cast(key, stored, dtype or stored.dtype)
+        return stored.clone() if result is stored else result
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether the file begins as one, or has the name of one and does not begin as a ``.bin``."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and not start.startswith(_ZIP)
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device from itself or its name.
+
+    Raises:
+        InputError: If there is no such device, or it cannot be used here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"the device {device} cannot be used here ({reason})") from error
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -9,9 +9,10 @@ LayerNorm behind it and the last Linear become one product as well. Weights are 
 fp64.
 """
 
-from visproj.folding.combine import fold, load_folded
+from visproj.folding.combine import fold
 from visproj.folding.graphs import graphed
 from visproj.folding.modules import FoldedLinear, FoldedPerceiver, FoldedProjector, FoldedViT
+from visproj.folding.storage import load_folded
 
 __all__ = [
     "FoldedLinear",

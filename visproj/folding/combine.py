@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +14,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from visproj.backend import runs_triton
 from visproj.errors import InputError
 from visproj.folding.modules import (
-    FORMAT,
     FoldedLinear,
     FoldedPerceiver,
     FoldedProjector,
@@ -26,15 +22,16 @@ from visproj.folding.modules import (
 )
 from visproj.positions import Grid, check_grid, resize_position_table
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
-from visproj.projectors.fusion import is_plain, is_plain_attention, is_untouched
+from visproj.projectors.description import check_module
+from visproj.projectors.fusion import why_called, why_touched
 from visproj.projectors.vit import CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 
 _CLIP_PARTS = {
-    "": CLIPEncoderLayer,
-    "self_attn": CLIPAttention,
-    "mlp": CLIPMLP,
-    "layer_norm1": nn.LayerNorm,
-    "layer_norm2": nn.LayerNorm,
+    "vis_layer": CLIPEncoderLayer,
+    "vis_layer.self_attn": CLIPAttention,
+    "vis_layer.mlp": CLIPMLP,
+    "vis_layer.layer_norm1": nn.LayerNorm,
+    "vis_layer.layer_norm2": nn.LayerNorm,
 }
 
 
@@ -49,7 +46,8 @@ def fold(
 
     The projector is left as it is. The result is called like it, holds the combined weights as
     buffers, refuses gradients, and is saved with ``folded.save(path)`` and read back with
-    :func:`load_folded`.
+    :func:`load_folded`. Folded weights are not quantised by tools that exchange modules
+    (``quantize_dynamic``, torchao's ``quantize_``): they find no ``nn.Linear`` and do nothing.
 
     Args:
         projector: A :class:`LinearProjector`, :class:`ViTProjector` or
@@ -65,9 +63,11 @@ def fold(
     Raises:
         TypeError: If ``projector`` is something else, or ``grid`` is given for one without grid.
         ValueError: If the projector or a layer of it carries an adapter, a hook or a
-            parametrisation, is quantised or sharded, or if the attention has dropout, ``bias_k``
-            or ``add_zero_attn``. Under ZeRO-3 gather its parameters around the call.
+            parametrisation, is quantised or sharded, has no weights, or if the attention has
+            dropout, ``bias_k`` or ``add_zero_attn``; the message names the layer and says why.
+            Under ZeRO-3 gather its parameters around the call.
     """
+    check_module("fold", projector)
     _check_whole(projector)
     kind = _kind(projector)
     if grid is not None and kind is not PerceiverProjector:
@@ -90,35 +90,14 @@ def _will_run_triton(projector: nn.Module, dtype: torch.dtype | None) -> bool:
     return dtype != torch.float64 and runs_triton(weight.new_empty(0, dtype=dtype))
 
 
-def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
-    """Read what :meth:`FoldedProjector.save` wrote.
-
-    Raises:
-        ValueError: If the file was not written by it.
-    """
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        constants = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} holds no folded projector of format {FORMAT}")
-    config = json.loads(metadata["config"])
-    if metadata["class"] == "FoldedPerceiver":
-        return FoldedPerceiver(config, constants)
-    if metadata["class"] == "FoldedLinear":
-        return FoldedLinear(config, constants)
-    tail = {k.removeprefix("tail."): v for k, v in constants.items() if k.startswith("tail.")}
-    layer = {k.removeprefix("vis_layer."): v for k, v in constants.items() if "vis_layer." in k}
-    with torch.device("meta"):
-        vis_layer = CLIPEncoderLayer(SimpleNamespace(**config["vision"]))
-    vis_layer.load_state_dict(layer, assign=True)
-    return FoldedViT(config, vis_layer.eval(), FoldedLinear(config, tail))
-
-
 def _check_whole(projector: nn.Module) -> None:
-    """Raise where ZeRO-3 keeps a parameter in pieces."""
+    """Raise where ZeRO-3 keeps a parameter in pieces, or there is none."""
     for name, parameter in projector.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"cannot fold {type(projector).__name__}: its {name} is on the device meta and has "
+                "no numbers"
+            )
         if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
             raise InputError(
                 f"cannot fold {type(projector).__name__}: ZeRO-3 keeps its {name} in pieces; fold "
@@ -130,20 +109,33 @@ def _kind(projector: nn.Module) -> type[nn.Module]:
     """Which of the three it is, if calling it does what that class does."""
     for kind in (PerceiverProjector, ViTProjector, LinearProjector):
         if isinstance(projector, kind):
-            tail = getattr(projector, "projection", projector)
-            own = type(projector).forward is kind.forward
-            if own and is_untouched(projector) and is_untouched(tail):
-                return kind
-            raise InputError(
-                f"cannot fold {type(projector).__name__}: a hook or a forward of its own would be "
-                "lost"
-            )
-    raise TypeError(f"cannot fold a {type(projector).__name__}")
+            name = type(projector).__name__
+            if type(projector).forward is not kind.forward:
+                raise InputError(f"cannot fold {name}: its class has a forward of its own")
+            if reason := why_touched(projector):
+                raise InputError(f"cannot fold {name}: {reason}, which would be lost")
+            return kind
+    raise TypeError(
+        f"cannot fold a {type(projector).__name__}: fold takes a LinearProjector, ViTProjector or "
+        "PerceiverProjector"
+    )
 
 
-def _fold_linear(pair: Any, dtype: torch.dtype | None, triton: bool) -> FoldedLinear:
-    linear, norm = pair
-    _check_plain({"Linear": (linear, nn.Linear), "LayerNorm": (norm, nn.LayerNorm)})
+def _pair(pair: Any, name: str, *kinds: type[nn.Module]) -> list[Any]:
+    """The two plain layers of a Sequential, which is called ``name`` or is the projector."""
+    if name and (reason := why_called(pair, nn.Sequential)):
+        raise InputError(f"cannot fold {name}: {reason}")
+    if len(pair) != len(kinds):
+        raise InputError(f"cannot fold {name or 'the projector'}: it has {len(pair)} layers, not 2")
+    prefix = f"{name}." if name else "layer "
+    _check_plain({f"{prefix}{i}": both for i, both in enumerate(zip(pair, kinds, strict=True))})
+    return list(pair)
+
+
+def _fold_linear(
+    pair: Any, dtype: torch.dtype | None, triton: bool, prefix: str = ""
+) -> FoldedLinear:
+    linear, norm = _pair(pair, prefix, nn.Linear, nn.LayerNorm)
     shift = _or_zeros(norm.bias, norm.weight)
     floor = None
     if triton and linear.in_features < linear.out_features:
@@ -165,12 +157,14 @@ def _fold_linear(pair: Any, dtype: torch.dtype | None, triton: bool) -> FoldedLi
 
 
 def _fold_vit(projector: ViTProjector, dtype: torch.dtype | None, triton: bool) -> FoldedViT:
-    tail = _fold_linear(projector.projection, dtype, triton)
+    tail = _fold_linear(projector.projection, dtype, triton, "projection")
     layer = projector.vis_layer
-    parts = layer.named_modules()
-    _check_plain({f"vis_layer.{n}": (m, _CLIP_PARTS.get(n, nn.Linear)) for n, m in parts})
+    parts = layer.named_modules(prefix="vis_layer")
+    _check_plain({n: (m, _CLIP_PARTS.get(n, nn.Linear)) for n, m in parts})
     if layer.self_attn.dropout:
-        raise InputError("cannot fold vis_layer: its attention has dropout")
+        raise InputError(
+            f"cannot fold vis_layer.self_attn: its dropout is {layer.self_attn.dropout}, not 0"
+        )
     vision = dict(
         zip(
             VisionConfig.__annotations__,
@@ -193,20 +187,27 @@ def _fold_perceiver(
     projector: PerceiverProjector, dtype: torch.dtype | None, grid: Grid | None, triton: bool
 ) -> FoldedPerceiver:
     attn: Any = projector.attn
-    linears: dict[str, Any] = {"kv_proj": projector.kv_proj}
-    norms: dict[str, Any] = {"ln_q": projector.ln_q, "ln_kv": projector.ln_kv}
+    _check_plain(
+        {
+            "kv_proj": (projector.kv_proj, nn.Linear),
+            "ln_q": (projector.ln_q, nn.LayerNorm),
+            "ln_kv": (projector.ln_kv, nn.LayerNorm),
+            "attn": (attn, nn.MultiheadAttention),
+            "attn.out_proj": (getattr(attn, "out_proj", None), NonDynamicallyQuantizableLinear),
+        }
+    )
+    if attn.dropout:
+        raise InputError(f"cannot fold attn: its dropout is {attn.dropout}, not 0")
+    if attn.embed_dim != projector.embed_dim:
+        raise InputError(
+            f"cannot fold attn: it is {attn.embed_dim} wide, the queries {projector.embed_dim}"
+        )
     # The resampler inside Qwen-VL's encoder ends with its attention.
     has_projection = type(projector.projection) is not nn.Identity
+    if not has_projection and (reason := why_touched(projector.projection)):
+        raise InputError(f"cannot fold projection: {reason}")
     if has_projection:
-        norms["projection.0"], linears["projection.1"] = projector.projection
-    _check_plain({name: (child, nn.Linear) for name, child in linears.items()})
-    _check_plain({name: (child, nn.LayerNorm) for name, child in norms.items()})
-    _check_plain({"attn.out_proj": (attn.out_proj, NonDynamicallyQuantizableLinear)})
-    if attn.dropout or not is_plain_attention(attn, projector.embed_dim):
-        raise InputError(
-            "cannot fold attn: it must be a plain nn.MultiheadAttention without dropout, bias_k, "
-            "add_zero_attn, adapters, hooks, quantised or sharded weights"
-        )
+        final_norm, _ = _pair(projector.projection, "projection", nn.LayerNorm, nn.Linear)
     grid = projector.query_grid if grid is None else check_grid(grid)
     constants, floor = _fold_keys_and_values(projector, grid)
     behind, out_floor = _fold_output(attn.out_proj, projector.projection, triton)
@@ -218,7 +219,7 @@ def _fold_perceiver(
         "grid": list(grid),
         "has_cls": projector.has_cls,
         "floor": floor,
-        "out_eps": norms["projection.0"].eps if has_projection else None,
+        "out_eps": final_norm.eps if has_projection else None,
         "out_floor": out_floor,
         "digest": weights_digest(projector),
     }
@@ -325,11 +326,9 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight.double(), shift, norm.eps)
 
 
-def _check_plain(children: dict[str, tuple[nn.Module, type[nn.Module]]]) -> None:
+def _check_plain(children: dict[str, tuple[Any, type[nn.Module]]]) -> None:
     for name, (child, kind) in children.items():
-        if not is_plain(child, kind):
+        if reason := why_called(child, kind):
             raise InputError(
-                f"cannot fold {name}: it must be a plain {kind.__name__} without adapters, hooks, "
-                "parametrisations, quantised, sharded or missing weights, "
-                f"got {type(child).__name__}"
+                f"cannot fold {name}: it must be a plain {kind.__name__}, and {reason}"
             )

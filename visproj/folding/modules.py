@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visproj import ops
+from visproj.contents import FOLDED_FORMAT
 from visproj.files import entries_of, replacing, write_safetensors
 from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
@@ -20,11 +21,13 @@ from visproj.positions import Grid, PositionedModule, grid_of
 from visproj.projectors.config import check_features
 from visproj.projectors.perceiver import flatten_batch, unflatten_batch
 
-FORMAT = "visproj-folded-2"
-
 
 class FoldedProjector(nn.Module):
     """What the folded forms share: constants instead of parameters, and where they came from.
+
+    Tools that quantise by exchanging modules, such as ``torch.ao.quantization.quantize_dynamic``
+    and torchao's ``quantize_``, find no ``nn.Linear`` among the constants and leave them as they
+    are, without a message. Quantise the projector itself to save memory.
 
     Attributes:
         config: Widths, grids and eps, and a digest of the weights that were folded; JSON-able.
@@ -51,7 +54,7 @@ class FoldedProjector(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, its metadata saying what was folded and for which grid."""
         metadata = {
-            "format": FORMAT,
+            "format": FOLDED_FORMAT,
             "class": type(self).__name__,
             "config": json.dumps(self.config),
         }

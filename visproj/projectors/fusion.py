@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from visproj import ops
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_WEIGHTED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _log = logging.getLogger("visproj")
@@ -40,13 +41,8 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return why_called(module, kind) is None
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's ``forward`` and nothing else."""
-    return _why_touched(module) is None
-
-
 def why_called(module: Any, kind: type[nn.Module]) -> str | None:
-    """What :func:`is_plain` has against ``module``, or ``None``."""
+    """Return why ``module`` is not :func:`is_plain`, or ``None``."""
     if type(module) is not kind:
         return f"it is a {type(module).__module__}.{type(module).__qualname__}"
     for name, parameter in module._parameters.items():
@@ -54,11 +50,11 @@ def why_called(module: Any, kind: type[nn.Module]) -> str | None:
             continue
         if type(parameter) not in _PLAIN_TENSORS or not parameter.is_floating_point():
             return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}"
-    if kind is nn.LayerNorm and module.weight is None:
-        return "it has no gain"
+    if kind in _WEIGHTED and module.weight is None:
+        return "it has no gain" if kind is nn.LayerNorm else "it has no weight"
     if kind is nn.MultiheadAttention and (reason := _why_whole(module)):
         return reason
-    return _why_touched(module)
+    return why_touched(module)
 
 
 def _why_whole(attention: Any) -> str | None:
@@ -71,7 +67,8 @@ def _why_whole(attention: Any) -> str | None:
     return None
 
 
-def _why_touched(module: nn.Module) -> str | None:
+def why_touched(module: nn.Module) -> str | None:
+    """Return what calling ``module`` does besides its class's ``forward``, or ``None``."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
     # ZeRO-3 hooks every module; a container is known by its children's parameters.
