@@ -67,9 +67,10 @@ def what_it_holds(path: Path) -> str:
     if path.is_dir():
         if found := folder_of_ours(path):
             return found
+        if found := _projector_file(path):
+            return found
         tensors, _, _ = find_tensors(LocalFiles(path), lambda key: True)
-        formats = {file.metadata.get("format", "") for file in tensors.values()}
-        return _describe_file(max(formats, default=""), tensors)
+        return _describe_file("", tensors)
     file = TensorFile(path)
     return _describe_file(file.metadata.get("format", ""), file.keys)
 
@@ -84,6 +85,15 @@ def folder_of_ours(path: Path) -> str | None:
         )
     if config.get("model_type") == "qwen_vl_vision_encoder":
         return "a Qwen-VL vision encoder: load it with QwenVisionTransformer.from_pretrained"
+    return None
+
+
+def _projector_file(folder: Path) -> str | None:
+    """What the first of a folder's files that hold a single projector is."""
+    for path in sorted(folder.glob("*.safetensors")):
+        form = TensorFile(path).metadata.get("format", "")
+        if form.startswith("visproj-"):
+            return f"the file {path.name}, {_describe_file(form, ())}"
     return None
 
 

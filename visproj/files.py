@@ -138,6 +138,9 @@ def _check_container(path: Path) -> None:
 def _open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb") as file:
+        if file.read(4) == _ZIP:
+            raise InputError(f"{path} was written by torch.save: call it .bin, not {path.suffix}")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -147,8 +150,8 @@ def _open_safetensors(path: Path) -> Any:
 class TensorFile:
     """The tensors of one ``.safetensors`` or ``.bin`` file, mapped: only what is used is read.
 
-    Which of the two it is, is read from the file, whatever its name. ``metadata`` is what a
-    safetensors file says of itself, and empty for a ``.bin``.
+    A safetensors file is recognised under any name. ``metadata`` is what it says of itself, and
+    empty for a ``.bin``.
 
     A ``.bin`` is read by PyTorch's restricted unpickler, which builds tensors and runs no code.
 
@@ -163,7 +166,7 @@ class TensorFile:
         self.keys: frozenset[str]
         self.metadata: dict[str, str] = {}
         self._get: Callable[[str], Any]
-        self.is_safetensors = _is_safetensors(path)
+        self.is_safetensors = path.suffix == ".safetensors" or _begins_as_safetensors(path)
         if self.is_safetensors:
             handle = _open_safetensors(path)
             self.keys = frozenset(handle.keys())
@@ -232,13 +235,11 @@ class TensorFile:
         return stored.clone() if result is stored else result
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether the file begins as one, or has the name of one and does not begin as a ``.bin``."""
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a length that the file has room for, and a JSON object, are at its start."""
     with path.open("rb") as file:
         start = file.read(9)
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return True
-    return path.suffix == ".safetensors" and not start.startswith(_ZIP)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def parse_device(device: torch.device | str) -> torch.device:

@@ -49,7 +49,7 @@ def build_described(description: Mapping[str, Any]) -> nn.Module:
     """
     options = dict(description)
     kind, eps = options.pop("kind", None), options.pop("eps", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"unknown kind {kind!r}, expected one of {', '.join(_KINDS)}")
     try:
         projector = _KINDS[kind].build(**options)
@@ -84,7 +84,7 @@ def check_module(function: str, module: object) -> None:
     """Raise ``TypeError`` saying what ``function`` was given instead of a module."""
     if isinstance(module, nn.Module):
         return
-    got = f"a {type(module).__name__}"
+    got = type(module).__name__
     if isinstance(module, type):
         got = f"the class {module.__name__}: pass an instance of it"
     elif isinstance(module, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +90,11 @@ class PretrainedProjector(
         encoder_digest: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(vision, Mapping):
+            raise TypeError(
+                "vision must be the dictionary of an encoder's description, got "
+                f"{type(vision).__name__}"
+            )
         self.kind = kind
         self.vision = vision
         self.lang_dim = lang_dim
@@ -288,15 +293,16 @@ def load_pretrained(directory: str | Path) -> PretrainedProjector:
 
 def _check_folder(folder: Path) -> None:
     """Raise unless there is the configuration of a projector, and a file of weights."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"the projector directory {folder} has no {name}")
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {CONFIG_NAME}")
     try:
         config = read_json_object(folder / CONFIG_NAME)
     except InputError as error:
         raise InputError(f"cannot load the projector in {folder}: {error}") from error
     if "model_type" in config and "kind" not in config:
-        raise InputError(f"{folder} holds no projector but {what_it_holds(folder)}")
+        raise InputError(f"{folder} holds no projector. It holds {what_it_holds(folder)}")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {WEIGHTS_NAME}")
 
 
 def located(typed: str | None, name: str) -> str:
