@@ -1,9 +1,7 @@
 """Projectors out of DeepSpeed-VisualChat checkpoints, and saved by themselves."""
 
-import contextlib
 import json
 import pickle
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from helpers import VIS_CONFIG, features, make
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_engines import partition
 from upstream import KINDS, UpstreamModel
 
 import visproj
@@ -281,26 +280,6 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist
     dist.destroy_process_group()
-
-
-def partition(module, monkeypatch):
-    """What ZeRO-3 leaves of parameters, and a stand-in for the part of DeepSpeed that gathers."""
-    whole = {}
-    for parameter in module.parameters():
-        whole[parameter] = parameter.data
-        parameter.ds_id = len(whole)
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-    @contextlib.contextmanager
-    def gathered(parameters):
-        for parameter in parameters:
-            parameter.data = whole[parameter]
-        yield
-        for parameter in parameters:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-    zero = SimpleNamespace(GatheredParameters=gathered)
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
 
 
 @pytest.mark.parametrize("kind", KINDS)
