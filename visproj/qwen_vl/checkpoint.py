@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from visproj.contents import a_few
+from visproj.contents import a_few, refuse_placeholders
 from visproj.errors import InputError
 from visproj.files import TensorFile, read_json_object
 from visproj.qwen_vl.config import CONFIG_NAME, QwenVisionConfig
@@ -289,6 +289,7 @@ def _check(
         names[key] = short
         shapes[short] = tuple(file.tensor(key).shape)
     notes = []
+    refuse_placeholders(shapes, name)
     try:
         if block is None:
             config = config_from_shapes(shapes)

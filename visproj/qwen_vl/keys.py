@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from visproj.contents import a_few, bare_key, compare_shapes, refuse_placeholders
+from visproj.contents import a_few, bare_key, compare_shapes
 from visproj.errors import InputError
 from visproj.qwen_vl.config import QwenVisionConfig
 
@@ -136,5 +136,4 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
 
 def check_shapes(found: Mapping[str, Shape], config: QwenVisionConfig) -> None:
     """Raise ``ValueError`` naming missing, unexpected and misshapen tensors, if there are any."""
-    refuse_placeholders(found, "it")
     compare_shapes(found, expected_shapes(config), "the encoder that the config describes")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from visproj.contents import refuse_placeholders
 from visproj.errors import InputError
 from visproj.files import (
     Entry,
@@ -88,8 +89,10 @@ def open_encoder(directory: Path, config: QwenVisionConfig) -> TensorFile:
     if not names:
         raise FileNotFoundError(f"no {SAFETENSORS_NAME} and no {BIN_NAME} in {directory}")
     file = TensorFile(directory / names[0])
+    shapes = {key: tuple(file.tensor(key).shape) for key in file.keys}
+    refuse_placeholders(shapes, str(file.path))
     try:
-        check_shapes({key: tuple(file.tensor(key).shape) for key in file.keys}, config)
+        check_shapes(shapes, config)
     except ValueError as error:
         raise InputError(f"{file.path}: {error}") from error
     return file
