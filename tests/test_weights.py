@@ -1,9 +1,7 @@
 """Projectors out of DeepSpeed-VisualChat checkpoints, and saved by themselves."""
 
-import contextlib
 import json
 import pickle
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +9,12 @@ import torch
 from helpers import VIS_CONFIG, features, make
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_engines import partition
 from upstream import KINDS, UpstreamModel
 
 import visproj
+from visproj.errors import InputError
+from visproj.positions import sincos_position_table
 
 
 def save(state, path):
@@ -170,6 +171,72 @@ def test_pickled_code_is_not_run(tmp_path):
         visproj.load_visualchat_projector(path)
 
 
+WRAPPERS = {
+    "DDP": "module.{}",
+    "torch.compile": "_orig_mod.{}",
+    "PEFT": "base_model.model.{}",
+    "transformers": "model.{}",
+    "all of them": "module.base_model.model.model._orig_mod.{}",
+    "FSDP": "_fsdp_wrapped_module.{}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_wrappers_are_left_out(kind, wrapper, tmp_path):
+    state = checkpoint_state(kind)
+    wrapped = {WRAPPERS[wrapper].format(key): value for key, value in state.items()}
+    write_sharded(wrapped, tmp_path, ".bin")
+    loaded = visproj.load_visualchat_projector(tmp_path, **options(kind)).state_dict()
+    wanted = {key: value for key, value in state.items() if key.startswith("projection.")}
+    assert {f"projection.{key}" for key in loaded} == wanted.keys()
+    assert all(torch.equal(loaded[key.removeprefix("projection.")], wanted[key]) for key in wanted)
+
+
+def test_a_compiled_child(tmp_path):
+    model = UpstreamModel("vit")
+    model.projection.vis_layer = torch.compile(model.projection.vis_layer)
+    path = write_single(model.state_dict(), tmp_path, ".bin")
+    loaded = visproj.load_visualchat_projector(path, **options("vit"))
+    assert torch.equal(
+        loaded.vis_layer.mlp.fc1.weight, model.projection.vis_layer._orig_mod.mlp.fc1.weight
+    )
+
+
+def test_one_name_behind_two_prefixes(tmp_path):
+    state = checkpoint_state("baseline")
+    state["module.projection.0.weight"] = torch.zeros(64, 32)
+    path = write_single(state, tmp_path, ".bin")
+    with pytest.raises(InputError, match=r"holds projection\.0\.weight twice"):
+        visproj.load_visualchat_projector(path)
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_placeholders_of_zero_3(kind, source, tmp_path):
+    empty = {key: torch.empty(0) for key in checkpoint_state(kind)}
+    path = write_single(empty, tmp_path, ".bin")
+    with pytest.raises(InputError, match=r"placeholders of shape \[0\] .*zero_to_fp32\.py"):
+        visproj.load_visualchat_projector(path if source == "file" else tmp_path, **options(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positions_that_zero_3_does_not_save(dtype, tmp_path):
+    """DeepSpeed-VisualChat loads its checkpoints with strict=False for this."""
+    model = UpstreamModel("perceiver").to(dtype)
+    table = sincos_position_table(64, (4, 4)).to(dtype)
+    state = {k: v.clone() for k, v in model.state_dict().items() if k != "projection.pos_embed"}
+    path = write_single(state, tmp_path, ".bin")
+    with pytest.warns(UserWarning, match=r"no projection\.pos_embed, .* table was computed"):
+        loaded = visproj.load_visualchat_projector(path, num_heads=2)
+    assert torch.equal(loaded.pos_embed, table)
+    assert not loaded.pos_embed.requires_grad
+    model.projection.pos_embed.data = table
+    loaded.double(), model.double()
+    x = features(2, 17)
+    torch.testing.assert_close(loaded(x), model.projection(x), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(kind, tmp_path):
     projector = make(kind)
@@ -213,26 +280,6 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist
     dist.destroy_process_group()
-
-
-def partition(module, monkeypatch):
-    """What ZeRO-3 leaves of parameters, and a stand-in for the part of DeepSpeed that gathers."""
-    whole = {}
-    for parameter in module.parameters():
-        whole[parameter] = parameter.data
-        parameter.ds_id = len(whole)
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-    @contextlib.contextmanager
-    def gathered(parameters):
-        for parameter in parameters:
-            parameter.data = whole[parameter]
-        yield
-        for parameter in parameters:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-    zero = SimpleNamespace(GatheredParameters=gathered)
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
 
 
 @pytest.mark.parametrize("kind", KINDS)

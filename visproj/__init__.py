@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from visproj.qwen_vl import extract_vision_encoder
     from visproj.vlm.model import VisualLanguageModel
     from visproj.vlm.pretrained import PretrainedProjector
-    from visproj.weights import load_visualchat_projector, save_projector
+    from visproj.weights import load_projector, load_visualchat_projector, save_projector
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "graphed",
     "insert_visual_tokens",
     "load_folded",
+    "load_projector",
     "load_visualchat_projector",
     "revert",
     "save_projector",
@@ -60,6 +61,7 @@ _LAZY = {
     "VisualLanguageModel": "visproj.vlm.model",
     "convert": "visproj.conversion",
     "extract_vision_encoder": "visproj.qwen_vl",
+    "load_projector": "visproj.weights",
     "load_visualchat_projector": "visproj.weights",
     "revert": "visproj.conversion",
     "save_projector": "visproj.weights",

@@ -1,8 +1,10 @@
-"""Reading and checking what a projector is built from."""
+"""Checking modules, widths, heads and features before they are used."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from visproj.errors import InputError
 from visproj.ops.checks import check_floating
@@ -53,3 +55,17 @@ def check_features(x: Tensor, width: int) -> None:
         raise InputError(
             f"visual features must be [..., tokens, {width}], got shape {list(x.shape)}"
         )
+
+
+def check_module(function: str, module: object) -> None:
+    """Raise ``TypeError`` saying what ``function`` was given instead of a module."""
+    if isinstance(module, nn.Module):
+        return
+    got = type(module).__name__
+    if isinstance(module, type):
+        got = f"the class {module.__name__}: pass an instance of it"
+    elif isinstance(module, Mapping):
+        got += ": build the module and give it a state dict with load_state_dict"
+    elif isinstance(module, str) or hasattr(module, "__fspath__"):
+        got += ": load the file first, for a projector with load_projector"
+    raise TypeError(f"{function} takes an nn.Module, got {got}")

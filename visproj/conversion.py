@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.checks import check_module
 from visproj.clip import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 from visproj.errors import InputError
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
@@ -42,12 +43,14 @@ def convert(model: nn.Module) -> list[str]:
         The names of the modules that were replaced.
 
     Raises:
+        TypeError: If ``model`` is not a module.
         ValueError: If there is no projector in ``model``, or one that cannot be replaced: with
             hooks of its own, with adapters or other replacements inside, or of shapes that do not
             go together. Then nothing has been replaced.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``.
     """
+    check_module("convert", model)
     if _kind("", model) is not None:
         raise InputError(
             f"{type(model).__name__} is a projector itself: pass the module that holds it"
@@ -70,9 +73,11 @@ def revert(model: nn.Module) -> list[str]:
         The names of the modules that were put back.
 
     Raises:
+        TypeError: If ``model`` is not a module.
         ValueError: If there is no converted projector in ``model``, or one with hooks of its own.
             Then nothing has been put back.
     """
+    check_module("revert", model)
     return _replace(model, _original, "holds no projector that visproj.convert put there")
 
 

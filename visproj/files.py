@@ -74,12 +74,84 @@ def check_weight_file(path: Path) -> None:
 
 
 _TEXT = frozenset(b"\t\r\n" + bytes(range(32, 127)))
+_ZIP = b"PK\x03\x04"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+def check_weight_files(path: Path) -> None:
+    """Raise if a weight file that a loader would open is damaged or is something in its place.
+
+    For the time before a library with errors of its own opens them: headers are read, tensors are
+    not. A folder without weight files passes, and so does a path that does not exist, which may be
+    a model's name on the hub.
+
+    Args:
+        path: The folder of a model, or one weight file.
+
+    Raises:
+        FileNotFoundError: If a weight file is a link that leads nowhere, or a shard is missing.
+        InputError: If one is a Git LFS pointer, a web page, text, empty or truncated, or not of the
+            format that its name says; the message names the file.
+    """
+    for file in _opened_by_loaders(path) if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there")
+        check_weight_file(file)
+        _check_container(file)
+
+
+def _opened_by_loaders(directory: Path) -> list[Path]:
+    """The weight files that transformers would open, or all where it is not known which.
+
+    A clone often has pointers in place of the formats that are not needed.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.lexists(directory / single):
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            shards = read_json_object(index).get("weight_map")
+            named = shards.values() if isinstance(shards, dict) else ()
+            return sorted({directory / name for name in named if isinstance(name, str)})
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.suffix.lower() in WEIGHT_SUFFIXES
+        and not file.name.startswith(".")
+        and not file.is_dir()
+    )
+
+
+def _check_container(path: Path) -> None:
+    """Raise unless the file begins, and as far as that is quickly seen ends, as its name says."""
+    if path.suffix.lower() == ".safetensors":
+        _open_safetensors(path)
+        return
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix.lower() == ".gguf" and start != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file: it begins with {start!r}")
+    if start == _ZIP and not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is truncated: download it again")
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        if file.read(4) == _ZIP:
+            raise InputError(f"{path} was written by torch.save: call it .bin, not {path.suffix}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not an intact safetensors file ({error})") from error
 
 
 class TensorFile:
     """The tensors of one ``.safetensors`` or ``.bin`` file, mapped: only what is used is read.
 
-    ``metadata`` is what a safetensors file says of itself, and empty for a ``.bin``.
+    A safetensors file is recognised under any name. ``metadata`` is what it says of itself, and
+    empty for a ``.bin``.
 
     A ``.bin`` is read by PyTorch's restricted unpickler, which builds tensors and runs no code.
 
@@ -94,21 +166,14 @@ class TensorFile:
         self.keys: frozenset[str]
         self.metadata: dict[str, str] = {}
         self._get: Callable[[str], Any]
-        if path.suffix == ".safetensors":
-            self._open_safetensors()
+        self.is_safetensors = path.suffix == ".safetensors" or _begins_as_safetensors(path)
+        if self.is_safetensors:
+            handle = _open_safetensors(path)
+            self.keys = frozenset(handle.keys())
+            self.metadata = handle.metadata() or {}
+            self._get = handle.get_tensor
         else:
             self._open_bin()
-
-    def _open_safetensors(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            handle = safe_open(self.path, framework="pt", device="cpu")
-            self.keys = frozenset(handle.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{self.path} is not an intact safetensors file ({error})") from error
-        self.metadata = handle.metadata() or {}
-        self._get = handle.get_tensor
 
     def _open_bin(self) -> None:
         if not zipfile.is_zipfile(self.path):
@@ -158,6 +223,36 @@ class TensorFile:
                 f"{tensor.layout} {type(tensor).__name__} of {tensor.dtype} on {tensor.device.type}"
             )
         return tensor.detach()
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of a tensor in memory, cast to ``dtype`` if that is given.
+
+        Raises:
+            ValueError: As :meth:`tensor` and :func:`cast` do.
+        """
+        stored = self.tensor(key)
+        result = cast(key, stored, dtype or stored.dtype)
+        return stored.clone() if result is stored else result
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a length that the file has room for, and a JSON object, are at its start."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device from itself or its name.
+
+    Raises:
+        InputError: If there is no such device, or it cannot be used here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"the device {device} cannot be used here ({reason})") from error
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -104,9 +104,9 @@ def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
             continue
         if type(parameter) not in _PLAIN_TENSORS or not parameter.is_floating_point():
             return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}"
+    if "weight" in module._parameters and module.weight is None:
+        return "it has no gain" if kind is nn.LayerNorm else "it has no weight"
     if kind is nn.LayerNorm:
-        if module.weight is None:
-            return "it has no gain"
         shape: Any = module.normalized_shape
         if len(shape) != 1:
             return f"it normalises over {len(shape)} dimensions"

@@ -1,21 +1,46 @@
-"""Projector weights out of DeepSpeed-VisualChat checkpoints, and a projector saved by itself."""
+"""Projectors out of DeepSpeed-VisualChat checkpoints, and saved and loaded by themselves."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visproj.checks import check_module
+from visproj.contents import (
+    PROJECTOR_FORMAT,
+    by_bare_key,
+    compare_shapes,
+    folder_of_ours,
+    refuse_placeholders,
+    top_names,
+    what_it_holds,
+)
 from visproj.errors import InputError
-from visproj.files import TensorFile, entries_of, parse_dtype, replacing, write_safetensors
+from visproj.files import (
+    TensorFile,
+    entries_of,
+    parse_device,
+    parse_dtype,
+    replacing,
+    write_safetensors,
+)
+from visproj.folding import FoldedProjector
+from visproj.positions import sincos_position_table
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
+from visproj.projectors.description import build_described, describe
 
 PREFIX = "projection."
+# First parts of keys that a projector has by itself, and a checkpoint around one does not.
+_OWN = {"vis_layer", "query", "kv_proj"}
+_PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
 
 
 def load_visualchat_projector(
@@ -23,8 +48,9 @@ def load_visualchat_projector(
 ) -> nn.Module:
     """Build the projector that a DeepSpeed-VisualChat checkpoint holds under ``projection.*``.
 
-    Which of the three it is and its widths are read from the keys and shapes. Nothing but its own
-    tensors is read, pickles by PyTorch's restricted unpickler, which runs no code.
+    Which of the three it is and its widths are read from the keys and shapes. Prefixes of wrappers
+    such as ``module.`` and ``_orig_mod.`` are left out. Only the projector's own tensors are read,
+    pickles by PyTorch's restricted unpickler, which runs no code.
 
     Args:
         path: ``pytorch_model.bin``, a ``.safetensors`` file, or a directory with one of them or
@@ -36,15 +62,27 @@ def load_visualchat_projector(
     Returns:
         The projector on the CPU, in the checkpoint's dtype and in training mode.
 
+    Warns:
+        UserWarning: If a Perceiver's ``pos_embed`` is missing, which DeepSpeed-VisualChat does not
+            save under ZeRO-3: the sine-cosine table is computed.
+
     Raises:
         FileNotFoundError: If there is no such file or directory, or a shard is missing.
-        ValueError: If a file is damaged, or if the keys or shapes under ``projection.`` are not
-            those of a projector; the message names them.
+        ValueError: If a file is damaged, or holds something else, such as a projector by itself;
+            or if the keys or shapes under ``projection.`` are not those of a projector. The
+            message says what was found.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``self.projection``.
     """
     state = _projection_state(Path(path))
     try:
+        if "query" in state and "pos_embed" not in state:
+            state["pos_embed"] = _position_table(state)
+            warnings.warn(
+                f"{path} has no {PREFIX}pos_embed, as DeepSpeed-VisualChat's checkpoints of ZeRO-3 "
+                "do not: the sine-cosine table was computed",
+                stacklevel=2,
+            )
         with torch.device("meta"):
             projector = _build(state, vis_config, num_heads)
         projector.load_state_dict(state, assign=True)
@@ -55,34 +93,43 @@ def load_visualchat_projector(
 
 def _projection_state(path: Path) -> dict[str, Tensor]:
     """The tensors under ``projection.``, copied out of their files."""
+    if path.is_dir() and (found := folder_of_ours(path)):
+        raise InputError(f"{path} is not a DeepSpeed-VisualChat checkpoint, it holds {found}")
+    files = _find(path)
+    tops = top_names(files)
+    ours = {file.metadata.get("format", "").startswith("visproj-") for file in files.values()}
+    if tops != {PREFIX[:-1]} or True in ours:
+        lack = "" if tops else f": it has no keys that begin with {PREFIX!r}"
+        raise InputError(
+            f"{path} is not a DeepSpeed-VisualChat checkpoint{lack}. It holds {what_it_holds(path)}"
+        )
+    state = {
+        name.removeprefix(PREFIX): files[key].read(key)
+        for name, key in by_bare_key(files, str(path)).items()
+    }
+    refuse_placeholders({key: tensor.shape for key, tensor in state.items()}, str(path))
+    return state
+
+
+def _find(path: Path) -> dict[str, TensorFile]:
+    """The file of every key that a projector may have, in a checkpoint or by itself."""
     from visproj.qwen_vl.checkpoint import LocalFiles, find_tensors
-    from visproj.qwen_vl.keys import a_few
+
+    def wanted(key: str) -> bool:
+        return top_names([key]) <= {PREFIX[:-1], *_OWN}
 
     if path.is_dir():
-        found, _, first_keys = find_tensors(LocalFiles(path), _is_ours)
-    else:
-        file = TensorFile(path)
-        found = {key: file for key in sorted(file.keys) if _is_ours(key)}
-        first_keys = sorted(file.keys)[:5]
-    if not found:
-        raise InputError(
-            f"{path} has no keys that begin with {PREFIX!r}, so it is no DeepSpeed-VisualChat "
-            f"checkpoint; the first keys are {a_few(first_keys)}"
-        )
-    return {key.removeprefix(PREFIX): file.tensor(key).clone() for key, file in found.items()}
-
-
-def _is_ours(key: str) -> bool:
-    return key.startswith(PREFIX)
+        return find_tensors(LocalFiles(path), wanted)[0]
+    file = TensorFile(path)
+    return {key: file for key in sorted(file.keys) if wanted(key)}
 
 
 def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> nn.Module:
     """The projector whose keys these are, with the widths that these tensors have."""
     if "query" in state:
-        queries, _ = _matrix(state, "query")
         width, vis_dim = _matrix(state, "kv_proj.weight")
-        side = math.isqrt(queries)
-        return PerceiverProjector(vis_dim, width, query_grid=(side, side), num_heads=num_heads)
+        grid = _query_grid(state)
+        return PerceiverProjector(vis_dim, width, query_grid=grid, num_heads=num_heads)
     if any(key.startswith("vis_layer.") for key in state):
         if vis_config is None:
             raise InputError(
@@ -94,6 +141,16 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
     return LinearProjector(vis_dim, width)
 
 
+def _query_grid(state: dict[str, Tensor]) -> tuple[int, int]:
+    side = math.isqrt(_matrix(state, "query")[0])
+    return side, side
+
+
+def _position_table(state: dict[str, Tensor]) -> Tensor:
+    width = _matrix(state, "query")[1]
+    return sincos_position_table(width, _query_grid(state)).to(state["query"].dtype)
+
+
 def _matrix(state: dict[str, Tensor], key: str) -> tuple[int, int]:
     if key not in state or state[key].ndim != 2:
         raise InputError(f"no matrix {key}; there are {', '.join(sorted(state))}")
@@ -102,29 +159,154 @@ def _matrix(state: dict[str, Tensor], key: str) -> tuple[int, int]:
 
 
 def save_projector(projector: nn.Module, path: str | Path) -> None:
-    """Write a projector's state dict to a safetensors file, whole also where training splits it.
+    """Write a projector to a safetensors file, whole also where training splits it.
 
-    Parameters that DeepSpeed ZeRO-3 keeps in pieces are gathered for it, and FSDP2's DTensors put
+    The file's metadata describes the projector, so that :func:`load_projector` builds it again.
+    Parameters that DeepSpeed ZeRO-3 keeps in pieces are gathered, and FSDP2's DTensors put
     together. Every process has to call this; the one of rank 0 writes, and the file is complete
-    once it returns there. ``projector.load_state_dict(safetensors.torch.load_file(path))`` reads
-    it back.
+    once it returns there.
 
     Args:
-        projector: A projector, or any other module.
+        projector: A projector, which may be compiled or wrapped in DDP or
+            :class:`visproj.PretrainedProjector`. Of any other module, and of a projector with
+            adapters or other replaced layers, the state dict alone is written:
+            ``load_state_dict(safetensors.torch.load_file(path))`` reads it, ``load_projector``
+            refuses it.
         path: The file; what is there is replaced in one step.
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If a tensor is not floating point, as in a quantised projector.
+        TypeError: If ``projector`` is not a module, or is a folded one, which has its own ``save``.
+        ValueError: If a tensor is not floating point, as in a quantised projector, or has no data.
     """
-    with _gathered(projector.parameters()):
-        state = {key: _whole(tensor) for key, tensor in projector.state_dict().items()}
-        for tensor in state.values():
-            parse_dtype(tensor.dtype)
+    check_module("save_projector", projector)
+    if isinstance(projector, FoldedProjector):
+        raise TypeError(
+            f"save_projector does not take a {type(projector).__name__}: use its own save(path)"
+        )
+    projector = _unwrapped(projector)
+    with whole_state(projector) as state:
         if _rank() != 0:
             return
         with replacing(path) as partial:
-            write_safetensors(partial, entries_of(state))
+            write_state(partial, projector, state)
+
+
+def load_projector(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+) -> nn.Module:
+    """Build the projector that :func:`save_projector` or training wrote.
+
+    Args:
+        path: The file that :func:`save_projector` wrote, the directory of a
+            :class:`visproj.PretrainedProjector`, or the ``OUT`` of ``visproj train`` around it.
+        device: Where to put it.
+        dtype: Floating dtype to cast to; ``None`` keeps what is stored.
+
+    Returns:
+        The bare projector in eval mode, with the heads, eps and dropout that it was saved with.
+
+    Raises:
+        FileNotFoundError: If there is no such file or directory.
+        ValueError: If it is damaged or holds something else; the message says what, and which
+            function reads that.
+    """
+    path, device, dtype = Path(path), parse_device(device), parse_dtype(dtype)
+    if path.is_dir():
+        return _load_pretrained(path, device, dtype)
+    file = TensorFile(path)
+    if file.metadata.get("format") != PROJECTOR_FORMAT:
+        raise InputError(
+            f"{path} holds no projector of format {PROJECTOR_FORMAT}. It holds "
+            f"{what_it_holds(path)}"
+        )
+    try:
+        with torch.device("meta"):
+            projector = build_described(_description(file))
+        load_file_into(projector, file, device, dtype)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return projector.eval()
+
+
+def _load_pretrained(path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    from visproj.vlm.pretrained import PretrainedProjector, find_projector
+
+    folder = find_projector(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{path} is not a trained projector's directory: there is no config.json. It holds "
+            f"{what_it_holds(path)}"
+        )
+    options: dict[str, Any] = {"map_location": str(device), "dtype": dtype}
+    return PretrainedProjector.from_pretrained(folder, **options).module
+
+
+def _description(file: TensorFile) -> dict[str, Any]:
+    try:
+        description = json.loads(file.metadata["projector"])
+        description.pop("dtype")
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"the description of the projector is damaged ({error!r})") from error
+    return description
+
+
+def load_file_into(
+    module: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give ``module`` the weights in ``file``, copied out of it.
+
+    Raises:
+        InputError: If the file does not hold exactly the module's tensors.
+    """
+    stored = {key: file.tensor(key).shape for key in sorted(file.keys)}
+    refuse_placeholders(stored, str(file.path))
+    wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    compare_shapes(stored, wanted, f"a {type(module).__name__} as it is described")
+    state = {key: file.read(key, dtype).to(device) for key in stored}
+    module.load_state_dict(state, assign=True)
+
+
+def write_state(path: Path, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write a module's whole state dict, with the module's description if it has one."""
+    description, metadata = describe(module), {}
+    if description is not None:
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+        description["dtype"] = ", ".join(sorted(dtypes))
+        metadata = {"format": PROJECTOR_FORMAT, "projector": json.dumps(description)}
+    write_safetensors(path, entries_of(state), metadata=metadata)
+
+
+@contextmanager
+def whole_state(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield a module's state dict with whole tensors, also under ZeRO-3 and FSDP2.
+
+    Every process has to enter it.
+
+    Raises:
+        InputError: If a tensor cannot be written: it is not floating point, or has no data.
+    """
+    with _gathered(module):
+        state = {key: _whole(tensor) for key, tensor in module.state_dict().items()}
+        for key, tensor in state.items():
+            parse_dtype(tensor.dtype)
+            if tensor.is_meta:
+                raise InputError(f"{key} is on the device meta and has no numbers to write")
+        yield state
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The projector inside ``torch.compile``, DDP or ``PretrainedProjector``, or ``module``."""
+    inner: Any = module
+    while not isinstance(inner, _PROJECTORS):
+        children = dict(inner.named_children())
+        if len(children) != 1 or not children.keys() <= {"module", "_orig_mod"}:
+            return module
+        (inner,) = children.values()
+    return inner
 
 
 def _rank() -> int:
@@ -132,9 +314,9 @@ def _rank() -> int:
     return torch.distributed.get_rank() if distributed else 0
 
 
-def _gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+def _gathered(module: nn.Module) -> AbstractContextManager[Any]:
     """Where parameters of ZeRO-3 are whole, and any others as they are."""
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
     import deepspeed

@@ -72,6 +72,19 @@ def no_visual_keys_in_one_file(folder, format):
     write_checkpoint(folder, format, shards=1, state=state)
 
 
+@case(r"holds placeholders of shape \[0\] .*zero_to_fp32\.py")
+def placeholders_of_zero_3(folder, format):
+    def empty(state):
+        state.update({key: torch.empty(0) for key in state})
+
+    reload_state(folder, format, empty, block=None)
+
+
+@case(r"-00003-of-00004.* is a web page")
+def a_page_in_place_of_a_shard(folder, format):
+    shard(folder, format).write_bytes(b"<!doctype html>")
+
+
 @case(r"lacks the file .*-00003-of-00004", FileNotFoundError)
 def index_names_missing_shard(folder, format):
     shard(folder, format).unlink()

@@ -190,3 +190,48 @@ def test_overflow_into_the_checkpoints_dtype(tmp_path):
     with pytest.raises(ValueError, match=r"ln_post\.bias holds numbers up to 1e\+06, too large"):
         merge_into(source, tmp_path / "encoder", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_only_weights_share_storage_with_the_source(tmp_path):
+    """Editing a file of the merged checkpoint must not edit the source's, or the hub's blob."""
+    blobs = write_checkpoint(tmp_path / "blobs")
+    (blobs / "tokenizer.json").write_text("{}")
+    (blobs / "more").mkdir()
+    (blobs / "more" / "notes.txt").write_text("source")
+    for path in blobs.rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+    source = tmp_path / "snapshot"
+    source.mkdir()
+    for path in blobs.iterdir():
+        (source / path.name).symlink_to(path)
+    before = snapshot(blobs)
+    merge_into(source, trained_encoder(tmp_path / "encoder"), tmp_path / "merged")
+    for path in (tmp_path / "merged").rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert path.stat().st_nlink == 1
+            path.write_text("edited")
+    assert (tmp_path / "merged" / "more" / "notes.txt").read_text() == "edited"
+    assert snapshot(blobs) == before
+
+
+def test_a_folder_linked_into_itself(tmp_path):
+    source = write_checkpoint(tmp_path / "full")
+    names = {path.name for path in source.iterdir()}
+    (source / "again").symlink_to(source)
+    merge_into(source, trained_encoder(tmp_path / "encoder"), tmp_path / "merged")
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_compiled_child(tmp_path, format):
+    state = {
+        key.replace("visual.transformer.", "visual.transformer._orig_mod."): tensor
+        for key, tensor in full_state().items()
+    }
+    source = write_checkpoint(tmp_path / "full", format, state=state)
+    encoder = trained_encoder(tmp_path / "encoder")
+    merge_into(source, encoder, tmp_path / "merged")
+    assert read_all(tmp_path / "merged").keys() == state.keys()
+    extract_vision_encoder(tmp_path / "merged", tmp_path / "again")
+    assert snapshot(tmp_path / "again") == snapshot(encoder)

@@ -8,9 +8,12 @@ import torch
 from helpers import VIS_CONFIG
 from huggingface_hub import hub_mixin
 from safetensors.torch import load_file, save_file
+from torch import nn
+from training_engines import partition
 from vlm.tiny import PROMPT, TinyEncoder, tiny_photograph, tiny_projector
 
 from visproj import build_projector, fold
+from visproj.errors import InputError
 from visproj.vlm import pretrained as module
 from visproj.vlm.pretrained import PretrainedProjector, load_pretrained
 
@@ -106,6 +109,7 @@ def test_files(folder):
         "language_model": "tiny-llama",
         "prompt": PROMPT,
         "query_grid": None,
+        "encoder_digest": None,
     }
     assert "library_name: visproj" in (folder / "README.md").read_text()
     modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in FILES}
@@ -152,7 +156,7 @@ DAMAGE = {
     "extra key": (change_weights(lambda w: w.update(extra=torch.ones(1))), "extra"),
     "other shape": (change_weights(lambda w: w.update({"0.bias": torch.ones(3)})), r"0\.bias"),
     "truncated weights": (write("model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "cannot load"),
-    "other width": (change_config(lambda c: c.update(lang_dim=32)), "size mismatch"),
+    "other width": (change_config(lambda c: c.update(lang_dim=32)), "of another shape"),
     "width of text": (change_config(lambda c: c.update(lang_dim="wide")), "cannot load"),
     "unknown kind": (change_config(lambda c: c.update(kind="q-former")), "q-former"),
     "no kind": (change_config(lambda c: c.pop("kind")), "kind"),
@@ -162,6 +166,11 @@ DAMAGE = {
     "not text": (write("config.json", b"\xff\xfe\xff"), "cannot load"),
     "a list": (write("config.json", b"[1, 2]"), "cannot load"),
     "null": (write("config.json", b"null"), "cannot load"),
+    "integers": (change_weights(lambda w: w.update({"0.bias": torch.ones(64).int()})), "int32"),
+    "placeholders": (change_weights(lambda w: w.update({"0.bias": torch.ones(0)})), "zero_to_fp32"),
+    "a pointer": (write("model.safetensors", b"version https://git-lfs.github"), "Git LFS pointer"),
+    "a page": (write("model.safetensors", b"<html>"), "web page"),
+    "nothing": (write("model.safetensors", b""), "is empty"),
     "missing weights": (remove("model.safetensors"), r"has no model\.safetensors"),
     "missing config": (remove("config.json"), r"has no config\.json"),
 }
@@ -194,7 +203,93 @@ def test_the_encoder_from_another_place(folder):
     load_pretrained(folder).check_encoder(TinyEncoder("/models/tiny"))
 
 
-@pytest.mark.parametrize("name", ["save", "os.replace"])
+def test_out_of_training_is_taken_for_its_projector(folder, features):
+    out = folder.parent / "OUT"
+    out.mkdir()
+    folder.rename(out / "projector")
+    for load in (load_pretrained, PretrainedProjector.from_pretrained):
+        for given in (out, out / "projector", str(out)):
+            assert torch.equal(load(given)(features), tiny_projector()(features))
+    with pytest.raises(InputError, match=r"model\.safetensors is a file: pass the directory"):
+        PretrainedProjector.from_pretrained(out / "projector" / "model.safetensors")
+
+
+@pytest.mark.parametrize("load", [load_pretrained, PretrainedProjector.from_pretrained])
+def test_a_folder_of_another_kind(load, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen_vl_vision_encoder"}')
+    with pytest.raises(InputError, match=r"holds no projector. It holds a Qwen-VL vision encoder"):
+        load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_dtype_of_the_weights(dtype, tmp_path):
+    tiny_projector().bfloat16().save_pretrained(tmp_path)
+    loaded = PretrainedProjector.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype or torch.bfloat16}
+    default = PretrainedProjector.from_pretrained(tmp_path)
+    assert {p.dtype for p in default.parameters()} == {torch.float32}
+
+
+def test_loading_draws_no_random_numbers(folder):
+    before = torch.random.get_rng_state()
+    load_pretrained(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_model_card(tmp_path):
+    vision = vars(TinyEncoder().config)
+    projector = PretrainedProjector(
+        "perceiver", vision, 64, "/home/me/models/clip-b", "someone/llama", 'Say "what"\nyou see.'
+    )
+    projector.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "library_name: visproj" in card.split("---")[1]
+    count = sum(parameter.numel() for parameter in projector.parameters())
+    for line in (
+        "# A perceiver projector from clip-b to someone/llama",
+        "- kind: perceiver",
+        "- widths: 32 (vision encoder) to 64 (language model)",
+        f"- parameters: {count:,}",
+        "- vision encoder: clip-b, 16 px, patches of 4 px",
+        "- language model: someone/llama",
+        '- prompt in training: "Say \\"what\\"\\nyou see."',
+        'projector = PretrainedProjector.from_pretrained("NAME_OR_FOLDER")',
+    ):
+        assert line in card.splitlines()
+    assert "{{" not in card
+    assert "/home/me" not in card
+
+
+def test_options_of_the_model_card(hub, tmp_path):
+    projector = tiny_projector()
+    projector.save_pretrained(tmp_path, model_card_kwargs={"prompt": "another"})
+    assert "- prompt in training: another" in (tmp_path / "README.md").read_text()
+    projector.push_to_hub("me/mine", model_card_kwargs={"prompt": "another"})
+    assert b"- prompt in training: another" in Hub.uploaded[1]["README.md"]
+
+
+def test_zero_3_is_gathered(tmp_path, monkeypatch):
+    projector = tiny_projector()
+    wanted = {key: value.clone() for key, value in projector.module.state_dict().items()}
+    partition(projector, monkeypatch)
+    projector.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+
+
+def test_integers_are_refused(tmp_path):
+    projector = tiny_projector()
+    projector.module[0].weight = nn.Parameter(torch.ones(64, 32).int(), requires_grad=False)
+    with pytest.raises(InputError, match=r"got torch\.int32"):
+        projector.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["write_state", "os.replace"])
 def test_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, name):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from visproj.checks import check_module
 from visproj.folding.files import load_folded
 from visproj.folding.graphs import graphed
 from visproj.folding.modules import (
@@ -57,7 +58,11 @@ def fold(projector: nn.Module, **options: Any) -> FoldedProjector:
             parametrisation, is quantised or sharded, or if its attention has active dropout,
             ``bias_k`` or ``add_zero_attn``. Under ZeRO-3 gather its parameters around the call.
     """
+    check_module("fold", projector)
     own = getattr(projector, "fold", None)
-    if not isinstance(projector, nn.Module) or not callable(own):
-        raise TypeError(f"cannot fold a {type(projector).__name__}")
+    if not callable(own):
+        raise TypeError(
+            f"cannot fold a {type(projector).__name__}: fold takes a LinearProjector, ViTProjector "
+            "or PerceiverProjector"
+        )
     return own(**options)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from visproj.checks import check_heads
 from visproj.clip import CLIPEncoderLayer, VisionConfig
+from visproj.contents import FOLDED_FORMAT, compare_shapes, refuse_placeholders, what_it_holds
 from visproj.errors import InputError
-from visproj.files import TensorFile
+from visproj.files import TensorFile, parse_device
 from visproj.folding.algebra import Scaled
 from visproj.folding.modules import (
-    FORMAT,
     FoldedLinear,
     FoldedPerceiver,
     FoldedProjector,
@@ -24,37 +25,121 @@ from visproj.folding.modules import (
     frozen_linear,
     frozen_norm,
 )
+from visproj.positions import check_grid
 
 OLDER_FORMAT = "visproj-folded-2"
+
+_WIDTHS = {"vis_dim", "lang_dim"}
+_LINEAR = {*_WIDTHS, "eps", "floor", "digest"}
+_RESAMPLER = {"num_heads", "query_grid", "grid", "has_cls", "floor", "out_eps", "out_floor"}
 
 
 def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
     """Read what :meth:`FoldedProjector.save` wrote.
 
+    Args:
+        path: The file.
+        device: Where to put the folded projector.
+
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If the file was not written by it, or is damaged.
+        InputError: If it is damaged or holds something else; the message says what, and which
+            function reads that.
     """
-    file = TensorFile(Path(path))
-    format, kind = file.metadata.get("format"), file.metadata.get("class")
-    if format not in (FORMAT, OLDER_FORMAT) or kind not in _EMPTY:
+    path, device = Path(path), parse_device(device)
+    if path.is_dir():
         raise InputError(
-            f"{path} holds no folded projector of format {FORMAT} or {OLDER_FORMAT}: its metadata "
-            f"is {file.metadata or 'empty'}"
+            f"{path} is a folder, not the file of a folded projector. It holds "
+            f"{what_it_holds(path)}"
         )
-    tensors = {key: file.tensor(key).clone() for key in sorted(file.keys)}
+    file = TensorFile(path)
+    form = file.metadata.get("format", "")
+    if form not in (FOLDED_FORMAT, OLDER_FORMAT):
+        other = (
+            f" (it is of format {form}: fold again)" if form.startswith("visproj-folded") else ""
+        )
+        raise InputError(
+            f"{path} holds no folded projector of format {FOLDED_FORMAT}{other}. It holds "
+            f"{what_it_holds(path)}"
+        )
+    refuse_placeholders({key: file.tensor(key).shape for key in file.keys}, str(path))
     try:
-        config = json.loads(file.metadata["config"])
-        if format == OLDER_FORMAT:
-            names = _names_of_older(kind, config)
-            tensors = {names.get(key, key): tensor for key, tensor in tensors.items()}
-        with torch.device("meta"):
-            folded = _EMPTY[kind](config)
-        folded.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return _build(file).eval().to(device)
+    except (InputError, TypeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
-    return folded.eval().to(device)
+        raise InputError(f"{path} is damaged: {reason}") from error
+
+
+def _build(file: TensorFile) -> FoldedProjector:
+    kind = file.metadata.get("class", "")
+    if kind not in _KINDS:
+        raise InputError(f"its class is {kind!r}, not one of {', '.join(_KINDS)}")
+    wanted, empty = _KINDS[kind]
+    config = _config(file.metadata.get("config", ""), wanted)
+    with torch.device("meta"):
+        folded = empty(config)
+    older = file.metadata["format"] == OLDER_FORMAT
+    names = _names_of_older(kind, config) if older else {}
+    keys = {names.get(key, key): key for key in sorted(file.keys)}
+    compare_shapes(
+        {name: file.tensor(key).shape for name, key in keys.items()},
+        {name: tensor.shape for name, tensor in folded.state_dict().items()},
+        f"a {kind} of this configuration",
+    )
+    folded.load_state_dict({name: file.read(key) for name, key in keys.items()}, assign=True)
+    return folded
+
+
+def _config(text: str, wanted: set[str]) -> dict[str, Any]:
+    """The configuration in the metadata, its entries and their types checked."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its configuration is not valid JSON ({error})") from error
+    if not isinstance(config, dict) or config.keys() != wanted:
+        names = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"its configuration has the entries {names}, not {sorted(wanted)}")
+    for name, value in config.items():
+        if name in _CHECKS and not _CHECKS[name](value):
+            raise InputError(f"{name} in its configuration cannot be {value!r}")
+    for name in ("query_grid", "grid"):
+        check_grid(config.get(name, (1, 1)))
+    if "num_heads" in config:
+        check_heads(config["lang_dim"], config["num_heads"])
+    return config
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _is_small_or_none(value: Any) -> bool:
+    return value is None or _is_small(value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "vis_dim": _is_count,
+    "lang_dim": _is_count,
+    "num_heads": _is_count,
+    "eps": _is_small,
+    "floor": _is_small_or_none,
+    "out_eps": _is_small_or_none,
+    "out_floor": _is_small_or_none,
+    "has_cls": lambda value: isinstance(value, bool),
+    "digest": lambda value: isinstance(value, str),
+    "vision": lambda value: isinstance(value, dict),
+}
+
+
+def _clip_layer(vision: dict[str, Any]) -> CLIPEncoderLayer:
+    try:
+        return CLIPEncoderLayer(VisionConfig(**vision))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"its CLIP layer cannot be built ({error})") from error
 
 
 def _empty_scaled(
@@ -79,8 +164,7 @@ def _empty_linear(config: dict[str, Any]) -> FoldedLinear:
 
 
 def _empty_vit(config: dict[str, Any]) -> FoldedViT:
-    layer = CLIPEncoderLayer(VisionConfig(**config["vision"]))
-    return FoldedViT(config, layer, _empty_linear(config))
+    return FoldedViT(config, _clip_layer(config["vision"]), _empty_linear(config))
 
 
 def _empty_perceiver(config: dict[str, Any]) -> FoldedPerceiver:
@@ -111,10 +195,11 @@ def _norm(width: int, eps: float) -> nn.LayerNorm:
     return frozen_norm(torch.empty(width), torch.empty(width), eps)
 
 
-_EMPTY: dict[str, Callable[[dict[str, Any]], FoldedProjector]] = {
-    "FoldedLinear": _empty_linear,
-    "FoldedViT": _empty_vit,
-    "FoldedPerceiver": _empty_perceiver,
+# The entries of its configuration, and how it is built without numbers.
+_KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any]], FoldedProjector]]] = {
+    "FoldedLinear": (_LINEAR, _empty_linear),
+    "FoldedViT": (_LINEAR | {"vision"}, _empty_vit),
+    "FoldedPerceiver": (_WIDTHS | _RESAMPLER | {"digest"}, _empty_perceiver),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.checks import check_module
 from visproj.errors import InputError
 
 _WARM_UP = 3  # compiles and tunes kernels and loads libraries, which a capture must not
@@ -30,11 +31,15 @@ def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
         overwritten by the next call: clone it to keep it.
 
     Raises:
+        TypeError: If ``module`` is not a module, or ``example`` is not a tensor.
         ValueError: If ``example`` is not on a CUDA device; and, from the function, if features
             differ from ``example`` in shape, dtype or device.
         RuntimeError: Under an autocast that caches casts, which the graph would read after
             autocast has freed them: pass ``cache_enabled=False`` to it.
     """
+    check_module("graphed", module)
+    if not isinstance(example, Tensor):
+        raise TypeError(f"graphed takes an example tensor, got a {type(example).__name__}")
     if example.device.type != "cuda":
         raise InputError(f"a CUDA graph needs a CUDA device, got an example on {example.device}")
     if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visproj import ops
 from visproj.checks import check_features
+from visproj.contents import FOLDED_FORMAT
 from visproj.errors import InputError
 from visproj.files import entries_of, replacing, write_safetensors
 from visproj.folding.algebra import Scaled, fold_linear_norm, or_zeros
@@ -21,8 +22,6 @@ from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
 from visproj.positions import Grid
 from visproj.resampler import Resampler
-
-FORMAT = "visproj-folded-3"
 
 
 class ScaledLinear(nn.Module):
@@ -102,7 +101,7 @@ class FoldedProjector(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, its metadata saying what was folded and for which grid."""
         metadata = {
-            "format": FORMAT,
+            "format": FOLDED_FORMAT,
             "class": type(self).__name__,
             "config": json.dumps(self.config),
         }
@@ -273,6 +272,10 @@ def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) ->
     """Raise ``InputError`` unless calling ``projector`` does what ``kind`` does with ``reads``."""
     name = type(projector).__name__
     for parameter_name, parameter in projector.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"cannot fold {name}: its {parameter_name} is on the device meta and has no numbers"
+            )
         if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
             raise InputError(
                 f"cannot fold {name}: ZeRO-3 keeps its {parameter_name} in pieces; fold inside "
@@ -280,7 +283,7 @@ def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) ->
             )
     reason = why_touched(projector)
     if type(projector).forward is not kind.forward:
-        reason = "it has a forward of its own"
+        reason = "its class has a forward of its own"
     if reason:
         raise InputError(f"cannot fold {name}: {reason}, which would be lost")
     if found := why_not_plain(projector, reads):

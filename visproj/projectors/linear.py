@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visproj.checks import check_features, check_width, vision_width
+from visproj.errors import InputError
 from visproj.folding.modules import FoldedLinear, check_foldable, fold_linear, weights_digest
 from visproj.fusion import Reads, is_plain, linear_layer_norm
 
@@ -53,6 +54,8 @@ class LinearProjector(nn.Sequential):
     @torch.no_grad()
     def fold(self, *, dtype: torch.dtype | None = None, triton: bool | None = None) -> FoldedLinear:
         """As :func:`visproj.fold`."""
+        if len(self) != 2:
+            raise InputError(f"cannot fold LinearProjector: it has {len(self)} children, not 2")
         check_foldable(self, LinearProjector, _READS)
         folded = fold_linear(self, dtype, triton)
         folded.config["digest"] = weights_digest(self)

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from visproj.contents import a_few, refuse_placeholders
 from visproj.errors import InputError
 from visproj.files import TensorFile, read_json_object
 from visproj.qwen_vl.config import CONFIG_NAME, QwenVisionConfig
-from visproj.qwen_vl.keys import a_few, check_shapes, config_from_shapes, encoder_key
+from visproj.qwen_vl.keys import check_shapes, config_from_shapes, encoder_key
 from visproj.qwen_vl.storage import BIN_NAME, SAFETENSORS_NAME
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -288,6 +289,7 @@ def _check(
         names[key] = short
         shapes[short] = tuple(file.tensor(key).shape)
     notes = []
+    refuse_placeholders(shapes, name)
     try:
         if block is None:
             config = config_from_shapes(shapes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from visproj.contents import a_few, bare_key, compare_shapes
 from visproj.errors import InputError
 from visproj.qwen_vl.config import QwenVisionConfig
 
@@ -80,12 +81,13 @@ def expected_shapes(config: QwenVisionConfig) -> dict[str, Shape]:
 def encoder_key(key: str) -> str | None:
     """The encoder's name for a checkpoint key; ``None`` for a tensor the encoder does without.
 
-    What stands before ``transformer.visual.``, such as ``module.``, goes with it. A key that holds
-    ``visual`` and not this prefix comes back as it is.
+    What stands before ``transformer.visual.``, such as ``module.``, goes with it, and so do the
+    prefixes of wrapped children. A key that holds ``visual`` and not this prefix comes back as it
+    is.
     """
     if "visual" not in key:
         return None
-    _, prefix, name = key.partition(PREFIX)
+    _, prefix, name = bare_key(key).partition(PREFIX)
     if not prefix:
         return key
     return None if name.split(".")[0] == DROPPED else name
@@ -134,31 +136,4 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
 
 def check_shapes(found: Mapping[str, Shape], config: QwenVisionConfig) -> None:
     """Raise ``ValueError`` naming missing, unexpected and misshapen tensors, if there are any."""
-    wanted = expected_shapes(config)
-    complaints = []
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        complaints.append("missing " + a_few([f"{name} {list(wanted[name])}" for name in missing]))
-    unexpected = [name for name in found if name not in wanted]
-    if unexpected:
-        complaints.append(
-            "unexpected " + a_few([f"{name} {list(found[name])}" for name in unexpected])
-        )
-    misshapen = [name for name in wanted if name in found and found[name] != wanted[name]]
-    if misshapen:
-        complaints.append(
-            "of another shape "
-            + a_few([f"{name} {list(found[name])}, not {list(wanted[name])}" for name in misshapen])
-        )
-    if complaints:
-        raise InputError(
-            f"the tensors are not those of the encoder that the config describes: "
-            f"{'; '.join(complaints)}"
-        )
-
-
-def a_few(names: Iterable[str], most: int = 20) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    compare_shapes(found, expected_shapes(config), "the encoder that the config describes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visproj.errors import InputError
 from visproj.files import (
+    WEIGHT_SUFFIXES,
     TensorFile,
     cast,
     refuse_existing,
@@ -23,7 +24,6 @@ from visproj.files import (
 )
 from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
 from visproj.qwen_vl.config import QwenVisionConfig
-from visproj.qwen_vl.keys import PREFIX, checkpoint_key
 from visproj.qwen_vl.storage import open_encoder
 
 
@@ -33,8 +33,9 @@ def merge_into(
     """Put a trained encoder in the place of a full checkpoint's own.
 
     The destination has the checkpoint's files: the shards that hold visual tensors are rewritten
-    with the encoder's numbers in the checkpoint's dtypes, ``transformer.visual.proj`` stays, every
-    other file is hard-linked where the file system can and copied where it cannot. No tensor of the
+    with the encoder's numbers in the checkpoint's dtypes, and ``transformer.visual.proj`` stays.
+    Other weight files are hard-linked where the file system allows it, so both checkpoints share
+    them: replace such a file rather than write into it. Everything else is copied. No tensor of the
     language model is loaded. The destination appears whole or not at all.
 
     Args:
@@ -64,29 +65,35 @@ def merge_into(
         )
     encoder = open_encoder(Path(encoder_dir), checkpoint.config)
     replaced = _by_shard(checkpoint)
-    paths = sorted(root.rglob("*"))
+    paths = list(_files(root))
     with staged_directory(destination) as staging:
         for path in paths:
             target = staging / path.relative_to(root)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            elif path in replaced:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path in replaced:
                 _rewrite(path, target, replaced[path], encoder)
-            else:
+            elif path.suffix in WEIGHT_SUFFIXES:
                 _link(path, target)
+            else:
+                shutil.copyfile(path, target)
     return Path(destination).resolve()
 
 
 def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
     """For every shard to rewrite, the encoder's name of each key to replace in it."""
     replaced: dict[Path, dict[str, str]] = {}
-    wrapper = next(iter(checkpoint.names)).partition(PREFIX)[0]
-    for name in checkpoint.names.values():
-        key = checkpoint_key(name, wrapper)
-        if key not in checkpoint.tensors:
-            raise InputError(f"{checkpoint.name} has visual keys with several prefixes, not {key}")
+    for key, name in checkpoint.names.items():
         replaced.setdefault(checkpoint.tensors[key].path, {})[key] = name
     return replaced
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, those in linked folders included."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.resolve() not in (folder.resolve(), *folder.resolve().parents):
+            yield from _files(path)
+        elif path.is_file():
+            yield path
 
 
 def _link(path: Path, target: Path) -> None:
@@ -94,11 +101,11 @@ def _link(path: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
 
 
 def _rewrite(path: Path, target: Path, names: Mapping[str, str], encoder: TensorFile) -> None:
-    if path.suffix == ".safetensors":
+    if TensorFile(path).is_safetensors:
         _rewrite_safetensors(path, target, names, encoder)
     else:
         _rewrite_bin(path, target, names, encoder)

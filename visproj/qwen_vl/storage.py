@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from visproj.contents import refuse_placeholders
 from visproj.errors import InputError
 from visproj.files import (
     Entry,
     TensorFile,
-    cast,
     parse_dtype,
     save_bin,
     staged_directory,
@@ -52,12 +52,16 @@ def write_encoder(
         weights = staging / SAFETENSORS_NAME
         write_safetensors(weights, entries, on_written)
         if with_bin:
-            file = TensorFile(weights)
-            state = {entry.name: file.tensor(entry.name) for entry in entries}
-            save_bin(state, staging / BIN_NAME)
+            _write_bin(weights, staging / BIN_NAME, [entry.name for entry in entries])
         config.save(staging)
         write_json(staging / PREPROCESSOR_NAME, preprocessor_settings(config))
         return sorted(path.name for path in staging.iterdir())
+
+
+def _write_bin(weights: Path, path: Path, names: Sequence[str]) -> None:
+    """Write the tensors again as a ``.bin``; what is mapped for it is freed on return."""
+    file = TensorFile(weights)
+    save_bin({name: file.tensor(name) for name in names}, path)
 
 
 def load_encoder_tensors(
@@ -71,13 +75,7 @@ def load_encoder_tensors(
     """
     file = open_encoder(directory, config)
     dtype = parse_dtype(dtype)
-    tensors = {}
-    for name in sorted(file.keys):
-        stored = file.tensor(name)
-        tensors[name] = cast(name, stored, dtype or stored.dtype)
-        if tensors[name] is stored:
-            tensors[name] = stored.clone()
-    return tensors
+    return {name: file.read(name, dtype) for name in sorted(file.keys)}
 
 
 def open_encoder(directory: Path, config: QwenVisionConfig) -> TensorFile:
@@ -91,8 +89,10 @@ def open_encoder(directory: Path, config: QwenVisionConfig) -> TensorFile:
     if not names:
         raise FileNotFoundError(f"no {SAFETENSORS_NAME} and no {BIN_NAME} in {directory}")
     file = TensorFile(directory / names[0])
+    shapes = {key: tuple(file.tensor(key).shape) for key in file.keys}
+    refuse_placeholders(shapes, str(file.path))
     try:
-        check_shapes({key: tuple(file.tensor(key).shape) for key in file.keys}, config)
+        check_shapes(shapes, config)
     except ValueError as error:
         raise InputError(f"{file.path}: {error}") from error
     return file

@@ -19,7 +19,7 @@ from visproj.vlm.figures import answer_attention_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, NAME, load_language_model
 from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
 from visproj.vlm.photographs import load_photographs
-from visproj.vlm.pretrained import PretrainedProjector, load_pretrained
+from visproj.vlm.pretrained import PretrainedProjector, find_projector, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,6 @@ def run_chat(
     if options.attention is not None:
         _draw(model, images[0], prompt, answer, options.attention)
     return answer.text
-
-
-def find_projector(path: Path) -> Path:
-    """The checkpoint's directory: ``path`` itself, or ``projector`` in what training left there."""
-    inside = path / "projector"
-    return inside if inside.is_dir() and not (path / "config.json").exists() else path
 
 
 def _check_picture(path: Path, images: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class VisionEncoder(ABC):
     def identity(self) -> str:
         """What tells this encoder's features from any other's: its name and description."""
         return f"{self.name} {self.config}"
+
+    @property
+    def weights_digest(self) -> str | None:
+        """SHA-256 that tells weights apart, or ``None`` where the name stands for the weights."""
+        return None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -168,10 +174,18 @@ class TransformersEncoder(VisionEncoder):
     @property
     def identity(self) -> str:
         """Also the digest of a few weights: a directory may hold another model by now."""
-        digest = hashlib.sha256()
+        return f"{super().identity} {self.weights_digest}"
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of up to 2047 numbers from all over each weight, whatever its name and place are."""
+        parts = []
         for weight in self._model.parameters():
-            digest.update(weight.detach().flatten()[:64].numpy().tobytes())
-        return f"{super().identity} {digest.hexdigest()}"
+            digest = hashlib.sha256(str(list(weight.shape)).encode())
+            numbers = weight.detach().flatten()[:: max(1, weight.numel() // 1024)]
+            digest.update(numbers.contiguous().numpy().tobytes())
+            parts.append(digest.digest())
+        return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

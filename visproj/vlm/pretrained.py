@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import nn
 
+from visproj.contents import what_it_holds
 from visproj.errors import InputError
+from visproj.files import TensorFile, parse_device, parse_dtype, read_json_object
 from visproj.projectors import build_projector
 from visproj.vlm.encoders import VisionEncoder
+from visproj.weights import load_file_into, whole_state, write_state
 
+CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+MODEL_CARD = """\
+---
+{{ card_data }}
+---
+
+# A {{ kind }} projector from {{ encoder }} to {{ language_model }}
+
+It turns the features of a frozen vision encoder into tokens for a frozen language model.
+
+- kind: {{ kind }}
+- widths: {{ vis_dim }} (vision encoder) to {{ lang_dim }} (language model)
+- parameters: {{ parameters }}
+- vision encoder: {{ encoder }}, {{ image_size }} px, patches of {{ patch_size }} px
+- language model: {{ language_model }}
+- prompt in training: {{ prompt }}
+
+Load it with the name of this repository or the path of its folder:
+
+```python
+from visproj import PretrainedProjector
+
+projector = PretrainedProjector.from_pretrained("NAME_OR_FOLDER")
+tokens = projector(features)  # [N, 1 + patches, {{ vis_dim }}] -> [N, K, {{ lang_dim }}]
+```
+
+Ask it about a photograph, with a folder:
+
+```bash
+visproj chat --projector FOLDER --image photograph.jpg
+```
+"""
 
 
-class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj"):
+class PretrainedProjector(
+    nn.Module, PyTorchModelHubMixin, library_name="visproj", model_card_template=MODEL_CARD
+):
     """Any of the projectors with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     The directory holds ``model.safetensors`` with the projector's own keys, those of
@@ -33,10 +70,12 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
         vision: The encoder's description, an :class:`~visproj.vlm.encoders.EncoderConfig` as a
             dictionary: width, heads, image and patch size.
         lang_dim: Width of the language model.
-        encoder: Name of the vision encoder.
-        language_model: Name of the language model.
+        encoder: Name of the vision encoder, or the path of its folder.
+        language_model: Name of the language model, or the path of its folder or file.
         prompt: What it was asked in training.
         query_grid: Rows and columns of a Perceiver's queries; 16 by 16 when ``None``.
+        encoder_digest: The encoder's :attr:`~visproj.vlm.encoders.VisionEncoder.weights_digest`,
+            by which it is recognised wherever it is; ``None`` recognises it by its name.
     """
 
     def __init__(
@@ -48,14 +87,22 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
         language_model: str,
         prompt: str,
         query_grid: Sequence[int] | None = None,
+        encoder_digest: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(vision, Mapping):
+            raise TypeError(
+                "vision must be the dictionary of an encoder's description, got "
+                f"{type(vision).__name__}"
+            )
         self.kind = kind
         self.vision = vision
         self.lang_dim = lang_dim
         self.encoder = encoder
         self.language_model = language_model
         self.prompt = prompt
+        self.query_grid = query_grid
+        self.encoder_digest = encoder_digest
         options: dict[str, Any] = {} if query_grid is None else {"query_grid": tuple(query_grid)}
         self.module = build_projector(kind, SimpleNamespace(**vision), lang_dim, **options)
 
@@ -70,12 +117,23 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
         return fold(self.module, **options)
 
     def check_encoder(self, encoder: VisionEncoder) -> None:
-        """Raise ``ValueError`` unless ``encoder`` is the one it was trained with."""
+        """Raise ``InputError`` unless ``encoder`` is the one it was trained with.
+
+        Encoders are compared by their description and by the digest of their weights, wherever they
+        are. Where one of them has no digest (checkpoints of older versions, the offline encoder),
+        the last part of their names stands for it.
+        """
         given, wanted = _as_json(asdict(encoder.config)), _as_json(self.vision)
-        # A model's directory may have moved, or be a copy of what was fetched from the hub.
-        if Path(encoder.name).name == Path(self.encoder).name and given == wanted:
-            return
         differing = [f"{key} {given[key]}" for key in given if given[key] != wanted.get(key)]
+        digest = encoder.weights_digest
+        if digest is None or self.encoder_digest is None:
+            same = _last_part(encoder.name) == _last_part(self.encoder)
+        else:
+            same = digest == self.encoder_digest
+            if not same:
+                differing.append("other weights")
+        if same and not differing:
+            return
         raise InputError(
             f"the projector was trained with the encoder {self.encoder}, not with {encoder.name}"
             + (f" ({', '.join(differing)})" if differing else "")
@@ -91,12 +149,13 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
     ) -> str | None:
         """Write the checkpoint; one that is there survives whole if the new one cannot be written.
 
-        A README.md that is there stays. Options are the mixin's.
+        A README.md that is there stays; else a model card is written. Options are the mixin's.
 
         Raises:
             OSError: The directory cannot be written; the message names it.
         """
         final = Path(save_directory)
+        options["config"] = options.get("config") or self._arguments()
         try:
             final.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=final, prefix=".partial-") as partial:
@@ -110,17 +169,80 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
             return None
         return self.push_to_hub(repo_id or final.resolve().name, **options)
 
+    def _arguments(self) -> dict[str, Any]:
+        """What ``config.json`` holds: the arguments that build this object."""
+        return {
+            "kind": self.kind,
+            "vision": self.vision,
+            "lang_dim": self.lang_dim,
+            "encoder": self.encoder,
+            "language_model": self.language_model,
+            "prompt": self.prompt,
+            "query_grid": self.query_grid,
+            "encoder_digest": self.encoder_digest,
+        }
+
+    def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
+        """Fill the card with this projector's kind, widths and models; options are the mixin's."""
+        values = {
+            "kind": self.kind,
+            "vis_dim": self.vision["hidden_size"],
+            "lang_dim": self.lang_dim,
+            "parameters": f"{sum(parameter.numel() for parameter in self.parameters()):,}",
+            "encoder": self._public(self.encoder),
+            "image_size": self.vision["image_size"],
+            "patch_size": self.vision["patch_size"],
+            "language_model": self._public(self.language_model),
+            "prompt": json.dumps(self.prompt, ensure_ascii=False),
+        }
+        return super().generate_model_card(*args, **{**values, **options})
+
+    @staticmethod
+    def _public(name: str) -> str:
+        """A model's name without the folders of this machine."""
+        return Path(name).name if Path(name).is_absolute() else name
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """The projector's own keys. A file of safetensors' making would be its owner's alone."""
-        weights = {key: value.contiguous() for key, value in self.module.state_dict().items()}
-        (save_directory / WEIGHTS_NAME).write_bytes(save(weights, {"format": "pt"}))
+        with whole_state(self.module) as state:
+            write_state(save_directory / WEIGHTS_NAME, self.module, state)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> PretrainedProjector:
+        """Load a checkpoint, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: The checkpoint's directory, the ``OUT`` of ``visproj
+                train`` around it, or a name on the hub.
+            options: The mixin's, such as ``revision`` and ``map_location``; and ``dtype`` of the
+                weights, float32 unless given, ``None`` for what is stored.
+
+        Raises:
+            FileNotFoundError: The directory lacks a file.
+            ValueError: The configuration or the weights are damaged, or do not fit each other.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file():
+            raise InputError(f"{path} is a file: pass the directory of the projector")
+        if not path.is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        folder = find_projector(path)
+        _check_folder(folder)
+        try:
+            return super().from_pretrained(folder, **options)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot load the projector in {folder}: {reason}") from error
 
     @classmethod
     def _from_pretrained(
         cls,
         *,
         model_id: str,
-        map_location: str = "cpu",
+        map_location: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = torch.float32,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
@@ -131,6 +253,7 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
         **arguments: Any,
     ) -> PretrainedProjector:
         """What the mixin's ``from_pretrained`` calls, strict and without a word on stdout."""
+        device, dtype = parse_device(map_location), parse_dtype(dtype)
         file = Path(model_id, WEIGHTS_NAME)
         if not Path(model_id).is_dir():
             file = Path(
@@ -144,26 +267,56 @@ class PretrainedProjector(nn.Module, PyTorchModelHubMixin, library_name="visproj
                     token=token,
                 )
             )
-        projector = cls(**arguments)
-        projector.module.load_state_dict(load_file(file, device=map_location))
-        return projector.to(map_location).eval()
+        with torch.device("meta"):
+            projector = cls(**arguments)
+        load_file_into(projector.module, TensorFile(file), device, dtype)
+        return projector.eval()
+
+
+def find_projector(path: Path) -> Path:
+    """The checkpoint's directory: ``path`` itself, or ``projector`` in what training left there."""
+    inside = path / "projector"
+    return inside if inside.is_dir() and not (path / CONFIG_NAME).exists() else path
 
 
 def load_pretrained(directory: str | Path) -> PretrainedProjector:
-    """The checkpoint in ``directory``, in eval mode.
+    """The checkpoint in ``directory``, or in the ``OUT`` of ``visproj train``, in eval mode.
 
     Raises:
         FileNotFoundError: There is no such directory, or it lacks a file.
-        ValueError: The configuration or the weights are damaged, or not each other's.
+        ValueError: The configuration or the weights are damaged, or do not fit each other.
     """
-    for name in ("config.json", WEIGHTS_NAME):
-        if not Path(directory, name).is_file():
-            raise FileNotFoundError(f"the projector directory {directory} has no {name}")
+    folder = find_projector(Path(directory))
+    _check_folder(folder)
+    return PretrainedProjector.from_pretrained(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise unless there is the configuration of a projector, and a file of weights."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {CONFIG_NAME}")
     try:
-        return PretrainedProjector.from_pretrained(directory)
-    except (RuntimeError, SafetensorError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot load the projector in {directory}: {reason}") from error
+        config = read_json_object(folder / CONFIG_NAME)
+    except InputError as error:
+        raise InputError(f"cannot load the projector in {folder}: {error}") from error
+    if "model_type" in config and "kind" not in config:
+        raise InputError(f"{folder} holds no projector. It holds {what_it_holds(folder)}")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {WEIGHTS_NAME}")
+
+
+def located(typed: str | None, name: str) -> str:
+    """What to keep of a model: the absolute path where one was typed, so that it is found again.
+
+    Args:
+        typed: A name on the hub or a path, as the user gave it; ``None`` for the offline model.
+        name: The model's own name.
+    """
+    return name if typed is None or not Path(typed).exists() else str(Path(typed).resolve())
+
+
+def _last_part(name: str) -> str:
+    return Path(located(name, name)).name
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from visproj.vlm.loop import (
     train,
 )
 from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
-from visproj.vlm.pretrained import PretrainedProjector
+from visproj.vlm.pretrained import PretrainedProjector, located
 from visproj.vlm.scoring import Retrieval, caption_loss, caption_scores, own_loss, retrieval
 from visproj.vlm.views import held_out_views, training_views
 
@@ -131,10 +131,11 @@ def run_training(
             options.kind,
             asdict(encoder.config),
             language_model.get_input_embeddings().weight.shape[1],
-            encoder.name,
-            name,
+            located(options.encoder, encoder.name),
+            located(options.language_model, name),
             options.prompt,
             (options.queries, options.queries) if options.kind == "perceiver" else None,
+            encoder.weights_digest,
         ).to(device)
     model = VisualLanguageModel(
         encoder,

@@ -1,0 +1,169 @@
+"""What a file or folder of weights holds: its keys, its shapes, and words for refusing it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visproj.errors import InputError
+from visproj.files import TensorFile, read_json_object
+
+FOLDED_FORMAT = "visproj-folded-3"
+PROJECTOR_FORMAT = "visproj-projector-1"
+
+# torch.compile, FSDP and activation checkpointing may wrap any child; the others wrap a model.
+_WRAPPED_CHILD = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_WRAPPED_MODEL = re.compile(r"^(?:base_model\.model\.|module\.|model\.)+")
+_BASELINE = {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def bare_key(key: str) -> str:
+    """Return ``key`` without the prefixes of wrappers such as ``module.`` and ``_orig_mod.``."""
+    return _WRAPPED_MODEL.sub("", _WRAPPED_CHILD.sub("", key))
+
+
+def by_bare_key(keys: Iterable[str], where: str) -> dict[str, str]:
+    """Return every key under its :func:`bare_key`.
+
+    Raises:
+        InputError: If two keys differ in their prefixes alone.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        name = bare_key(key)
+        if name in found:
+            raise InputError(f"{where} holds {name} twice, as {found[name]} and as {key}")
+        found[name] = key
+    return found
+
+
+def top_names(keys: Iterable[str]) -> set[str]:
+    """Return the first part of every key, wrappers' prefixes left out."""
+    return {bare_key(key).partition(".")[0] for key in keys}
+
+
+def bare_kind(keys: Collection[str]) -> str | None:
+    """Return which projector has these keys with nothing before them, or ``None``."""
+    if {"query", "kv_proj"} <= (tops := top_names(keys)):
+        return "perceiver"
+    if "vis_layer" in tops:
+        return "vit"
+    return "baseline" if keys and {bare_key(key) for key in keys} <= _BASELINE else None
+
+
+def what_it_holds(path: Path) -> str:
+    """Return what is in a weight file or a model's folder and which function reads that.
+
+    Raises:
+        FileNotFoundError: If there are no weights at all.
+        InputError: If a file is damaged.
+    """
+    from visproj.qwen_vl.checkpoint import LocalFiles, find_tensors
+
+    if path.is_dir():
+        if found := folder_of_ours(path):
+            return found
+        if found := _projector_file(path):
+            return found
+        tensors, _, _ = find_tensors(LocalFiles(path), lambda key: True)
+        return _describe_file("", tensors)
+    file = TensorFile(path)
+    return _describe_file(file.metadata.get("format", ""), file.keys)
+
+
+def folder_of_ours(path: Path) -> str | None:
+    """Return what visproj wrote into a folder and which function reads it, or ``None``."""
+    config = _config(path)
+    if {"kind", "vision"} <= config.keys() or _config(path / "projector"):
+        return (
+            "a trained projector: load it with load_projector or PretrainedProjector."
+            "from_pretrained"
+        )
+    if config.get("model_type") == "qwen_vl_vision_encoder":
+        return "a Qwen-VL vision encoder: load it with QwenVisionTransformer.from_pretrained"
+    return None
+
+
+def _projector_file(folder: Path) -> str | None:
+    """What the first of a folder's files that hold a single projector is."""
+    for path in sorted(folder.glob("*.safetensors")):
+        form = TensorFile(path).metadata.get("format", "")
+        if form.startswith("visproj-"):
+            return f"the file {path.name}, {_describe_file(form, ())}"
+    return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return read_json_object(path) if path.is_file() else {}
+    except InputError:
+        return {}
+
+
+def _describe_file(form: str, keys: Collection[str]) -> str:
+    if form.startswith("visproj-folded-"):
+        return "a folded projector: load it with load_folded"
+    if form.startswith("visproj-projector-"):
+        return "a projector that save_projector wrote: load it with load_projector"
+    if any("transformer.visual." in key for key in keys):
+        return "a Qwen-VL checkpoint: take its encoder out with extract_vision_encoder"
+    if kind := bare_kind(keys):
+        return (
+            f"the weights of a {kind} projector without its description: build one with "
+            "build_projector and give it these weights with load_state_dict"
+        )
+    tops = top_names(keys)
+    if "projection" in tops:
+        return "a DeepSpeed-VisualChat checkpoint: load it with load_visualchat_projector"
+    if "attn_pool" in tops:
+        return (
+            "a Qwen-VL vision encoder: load its folder with QwenVisionTransformer.from_pretrained"
+        )
+    if not keys:
+        return "no tensors"
+    return f"something else, whose first keys are {a_few(sorted(keys), 5)}"
+
+
+def refuse_placeholders(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raise ``InputError`` if tensors are what DeepSpeed ZeRO-3 leaves of partitioned ones."""
+    empty = [name for name, shape in shapes.items() if list(shape) == [0]]
+    if empty:
+        raise InputError(
+            f"{where} holds placeholders of shape [0] ({a_few(empty, 3)}): DeepSpeed ZeRO-3 keeps "
+            "the weights in pieces. Put them together with the zero_to_fp32.py in the run's "
+            "folder, or set stage3_gather_16bit_weights_on_model_save and save with "
+            "save_16bit_model"
+        )
+
+
+def compare_shapes(
+    found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], whose: str
+) -> None:
+    """Raise ``InputError`` naming missing, unexpected and misshapen tensors, if there are any."""
+
+    def shown(shapes: Mapping[str, Sequence[int]], names: list[str]) -> str:
+        return a_few([f"{name} {list(shapes[name])}" for name in names])
+
+    complaints = []
+    if missing := [name for name in wanted if name not in found]:
+        complaints.append(f"missing {shown(wanted, missing)}")
+    if unexpected := [name for name in found if name not in wanted]:
+        complaints.append(f"unexpected {shown(found, unexpected)}")
+    misshapen = [n for n in wanted if n in found and tuple(found[n]) != tuple(wanted[n])]
+    if misshapen:
+        different = [f"{n} {list(found[n])}, not {list(wanted[n])}" for n in misshapen]
+        complaints.append(f"of another shape {a_few(different)}")
+    if complaints:
+        raise InputError(f"the tensors are not those of {whose}: {'; '.join(complaints)}")
+
+
+def a_few(names: Iterable[str], most: int = 20) -> str:
+    """Return the first names, and how many more there are."""
+    names = list(names)
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
