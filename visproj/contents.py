@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visproj.checkpoints import LocalFiles, find_tensors
 from visproj.errors import InputError
 from visproj.files import TensorFile, read_json_object
 
@@ -62,8 +63,6 @@ def what_it_holds(path: Path) -> str:
         FileNotFoundError: If there are no weights at all.
         InputError: If a file is damaged.
     """
-    from visproj.qwen_vl.checkpoint import LocalFiles, find_tensors
-
     if path.is_dir():
         if found := folder_of_ours(path):
             return found

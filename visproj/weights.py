@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visproj.checkpoints import LocalFiles, find_tensors
 from visproj.checks import check_module
 from visproj.contents import (
     PROJECTOR_FORMAT,
@@ -113,7 +114,6 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
 
 def _find(path: Path) -> dict[str, TensorFile]:
     """The file of every key that a projector may have, in a checkpoint or by itself."""
-    from visproj.qwen_vl.checkpoint import LocalFiles, find_tensors
 
     def wanted(key: str) -> bool:
         return top_names([key]) <= {PREFIX[:-1], *_OWN}

@@ -12,6 +12,8 @@ from torch import Tensor
 from visproj.contents import refuse_placeholders
 from visproj.errors import InputError
 from visproj.files import (
+    BIN_NAME,
+    SAFETENSORS_NAME,
     Entry,
     TensorFile,
     parse_dtype,
@@ -23,8 +25,6 @@ from visproj.files import (
 from visproj.qwen_vl.config import CONFIG_NAME, QwenVisionConfig, preprocessor_settings
 from visproj.qwen_vl.keys import check_shapes
 
-SAFETENSORS_NAME = "model.safetensors"
-BIN_NAME = "pytorch_model.bin"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 OUR_FILES = frozenset({SAFETENSORS_NAME, BIN_NAME, PREPROCESSOR_NAME, CONFIG_NAME})
 
