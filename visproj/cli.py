@@ -170,7 +170,7 @@ def _quiet_hub() -> None:
 
 def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
     title = f"Untrained projectors (random initialisation, seed {seed})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("projector")
     numbers = ("parameters", "tokens\nin", "tokens\nout", "ms per\nimage", "max error\nvs fp64")
     for heading in numbers:
