@@ -1,12 +1,24 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig
 
-from visproj import __version__, cli
+from visproj import __version__, cli, info
+from visproj.backend import BACKENDS
+from visproj.errors import BackendError, InputError, MissingPackageError, NotFiniteError
+from visproj.files import DTYPES
+from visproj.projectors import KINDS
+from visproj.qwen_vl.extract import FORMATS
+from visproj.vlm import chat, demo
+from visproj.vlm.loop import TrainingSettings
 
 
 @pytest.fixture
@@ -41,17 +53,13 @@ def encoder_without_weights(tmp_path):
     return ["--encoder", folder], f"cannot load the encoder directory {folder}"
 
 
-def unknown_kind(tmp_path):
-    return ["--kind", "q-former"], "unknown kind 'q-former', choose from baseline, vit, perceiver"
-
-
 def two_placeholders(tmp_path):
     return ["--prompt", "<image> <image>"], "more than one <image>"
 
 
 @pytest.mark.parametrize(
     "case",
-    [missing_image, unreadable_image, encoder_without_weights, unknown_kind, two_placeholders],
+    [missing_image, unreadable_image, encoder_without_weights, two_placeholders],
     ids=lambda case: case.__name__,
 )
 def test_bad_input(run, tmp_path, case):
@@ -85,17 +93,196 @@ def test_missing_extra(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, _, stderr = run("demo", "--out", tmp_path / "out")
     assert status == 1
-    assert stderr == "error: the demo needs the package onnxruntime: pip install 'visproj[demo]'\n"
+    assert stderr == (
+        "error: the package onnxruntime is not installed: pip install 'visproj[demo]'\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_module_that_is_no_extra_is_a_bug(monkeypatch):
-    def broken():
-        raise ModuleNotFoundError("no visproj.typo", name="visproj.typo")
+def ends_with(error):
+    """A stand-in for the whole of the command line."""
 
-    monkeypatch.setattr(cli, "app", broken)
-    with pytest.raises(ModuleNotFoundError, match=r"visproj\.typo"):
-        cli.main()
+    def app(**options):
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("two\nlines"), "two lines"),
+        (BackendError("no GPU"), "no GPU"),
+        (NotFiniteError("the loss is nan"), "the loss is nan"),
+        (FileNotFoundError("no file a.pt"), "no file a.pt"),
+        (ConnectionError(), "ConnectionError"),
+        (
+            MissingPackageError("b is not installed: pip install b", name="b"),
+            "b is not installed: p",
+        ),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_user_can_mend_is_one_line(run, monkeypatch, error, line):
+    monkeypatch.setattr(cli, "app", ends_with(error))
+    status, stdout, stderr = run()
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith(f"error: {line}")
+    assert stderr.count("\n") == 1
+
+
+def test_too_little_memory_of_the_cpu(run, monkeypatch):
+    def app(**options):
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(cli, "app", app)
+    status, _, stderr = run()
+    assert status == 1
+    assert stderr.startswith("error: out of memory: ")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("of a library"),
+        KeyError("name"),
+        ModuleNotFoundError("no visproj.typo", name="visproj.typo"),
+        ModuleNotFoundError("no transformers.typo", name="transformers.typo"),
+    ],
+    ids=repr,
+)
+def test_anything_else_is_a_bug(run, monkeypatch, error):
+    monkeypatch.setattr(cli, "app", ends_with(error))
+    status, stdout, stderr = run()
+    assert (status, stdout) == (1, "")
+    *trace, last = stderr.splitlines()
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1].startswith(type(error).__name__)
+    assert last == (
+        f"this is a bug in visproj {__version__}: please report it with the lines above"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "stopped"),
+        (KeyboardInterrupt("stopped at step 4"), "stopped at step 4"),
+    ],
+)
+def test_ctrl_c(run, monkeypatch, error, said):
+    """In a command, which may have something to say about it."""
+    monkeypatch.setattr(info, "describe", ends_with(error))
+    assert run("info") == (130, "", f"{said}\n")
+
+
+def test_ctrl_c_that_a_library_swallowed(run, monkeypatch):
+    """What it breaks in that library is no bug of ours."""
+
+    def app(**options):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError("a module that is half imported")
+
+    monkeypatch.setattr(cli, "app", app)
+    assert run() == (130, "", "stopped\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), InputError("too long")], ids=repr)
+def test_an_answer_ends_with_its_line(run, monkeypatch, error):
+    """Whatever ends it, what is printed next begins at the left."""
+
+    def run_chat(options, write, progress):
+        assert (options.projector, options.max_new_tokens) == (Path("p"), 3)
+        write("A c")
+        if error:
+            raise error
+        write("at")
+
+    monkeypatch.setattr(chat, "run_chat", run_chat)
+    status, stdout, stderr = run(
+        "chat", "--projector", "p", "--image", "a.png", "--max-new-tokens", 3
+    )
+    ends = {type(None): (0, ""), KeyboardInterrupt: (130, "stopped\n")}
+    assert (status, stderr) == ends.get(type(error), (1, "error: too long\n"))
+    assert stdout == ("A c\n" if error else "A cat\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--kind", "x", "'baseline', 'vit', 'perceiver'"),
+        ("--backend", "cuda", "'auto', 'triton', 'torch'"),
+        ("--dtype", "float16", "'bfloat16', 'float32'"),
+        ("--queries", "0", "1"),
+        ("--epochs", "0", "1"),
+        ("--epochs", "x", "integer"),
+        ("--batch", "0", "1"),
+        ("--accumulate", "-1", "1"),
+        ("--learning-rate", "nan", "positive"),
+        ("--learning-rate", "0", "positive"),
+        ("--learning-rate", "inf", "positive"),
+        ("--seed", "-1", "at least 0"),
+        ("--seed", str(2**63), "less than 2**63"),
+    ],
+)
+def test_options_of_training_are_checked_at_once(run, tmp_path, monkeypatch, option, value, wanted):
+    monkeypatch.chdir(tmp_path)
+    status, stdout, stderr = run("train", option, value)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith(f"error: invalid value for '{option}': ")
+    assert wanted in stderr
+    assert stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_choices_are_those_of_the_modules():
+    assert [kind.value for kind in cli.Kind] == list(KINDS)
+    assert [backend.value for backend in cli.Backend] == list(BACKENDS)
+    assert [dtype.value for dtype in cli.StoredDtype] == list(DTYPES)
+    assert [format.value for format in cli.Format] == list(FORMATS)
+    for dtype in cli.TrainingDtype:
+        TrainingSettings(dtype=dtype.value)
+
+
+def test_bench_passes_its_arguments_and_errors_on(run, monkeypatch):
+    def report(arguments):
+        assert arguments == ["--device", "cuda", "--set", "smoke"]
+        raise BackendError("there is no such device")
+
+    stand_in = SimpleNamespace(main=report)
+    monkeypatch.setitem(sys.modules, "benchmarks.report", stand_in)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ("bench", "--device", "cuda", "--set", "smoke")
+    assert run(*arguments) == (1, "", "error: there is no such device\n")
+    stand_in.main = lambda arguments: 3
+    assert run(*arguments) == (3, "", "")
+
+
+def test_bench_without_the_repository(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "visproj" / "cli.py"))
+    status, stdout, stderr = run("bench", "--set", "smoke")
+    assert (status, stdout) == (1, "")
+    assert stderr == (
+        "error: the benchmarks are in the repository, not in the package: use a clone\n"
+    )
+
+
+def test_the_demo_prints_names_and_notes_as_they_are(run, monkeypatch, tmp_path):
+    """Not wrapped at 80 columns, and brackets and colons are no markup."""
+    name = "a [red]photograph[/b] :smile: " * 5
+    report = demo.DemoReport("eye", "words", [name], [], [], ["more than half is cropped " * 5])
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments, **options: report)
+    status, stdout, stderr = run("demo", "--out", tmp_path / name)
+    assert (status, stderr) == (0, "")
+    lines = stdout.splitlines()
+    assert lines[0] == f"photographs: {name}"
+    assert lines[-2] == f"note: {report.notes[0]}"
+    assert lines[-1] == f"0 pictures in {tmp_path / name}"
 
 
 def test_demo_prints_the_table(run, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import visproj
@@ -64,15 +65,39 @@ def test_works_without(blocked):
     assert out.split() == ["1", "256", "64"]
 
 
-def test_imports_neither_triton_nor_transformers():
-    """Nor anything else that few need; importing it has to stay a matter of milliseconds."""
+def test_imports_neither_torch_nor_triton_nor_transformers():
+    """Importing it takes milliseconds, and using a projector needs nothing that few have."""
     out = run(
         "import sys, visproj\n"
+        "print({'torch', 'numpy', 'visproj.backend'} & set(sys.modules))\n"
         "seldom = {'triton', 'transformers', 'typer', 'safetensors', 'visproj.qwen_vl',\n"
         "          'visproj.conversion', 'visproj.weights'}\n"
+        "print(visproj.PerceiverProjector.__name__, visproj.backend.BACKENDS[0])\n"
         "print(seldom & set(sys.modules)); print(visproj.convert, visproj.save_projector)"
     )
-    assert out.splitlines()[0] == "set()"
+    assert out.splitlines()[:3] == ["set()", "PerceiverProjector auto", "set()"]
+
+
+def test_only_its_own_names_are_attributes():
+    """The root of the repository is searched for ``kernels`` alone."""
+    assert visproj.kernels.__name__ == "visproj.kernels"
+    for name in ("setup", "tests", "benchmarks", "nothing", "__wrapped__"):
+        assert not hasattr(visproj, name)
+
+
+def test_a_saved_program_loads_once_the_operations_are_imported(tmp_path):
+    """``torch.export`` keeps the names of custom operations; ``visproj.ops`` registers them."""
+    with visproj.use_backend("triton"):
+        projector = visproj.LinearProjector(16, 32).eval()
+        program = torch.export.export(projector, (torch.randn(1, 5, 16),))
+    assert "visproj.linear_layer_norm_fwd" in str(program.graph)
+    torch.export.save(program, tmp_path / "program.pt2")
+    graph = run(
+        "import torch, visproj.ops; print(torch.export.load('program.pt2').graph)",
+        tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    assert "visproj.linear_layer_norm_fwd" in graph
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])

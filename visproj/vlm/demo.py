@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -60,6 +60,7 @@ class DemoReport:
     photographs: list[str]
     rows: list[DemoRow]
     pictures: list[Path]
+    notes: list[str] = field(default_factory=list)
 
 
 def run_demo(
