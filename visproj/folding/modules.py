@@ -65,7 +65,7 @@ class FoldedProjector(nn.Module):
     def _check(self, x: Tensor, constant: Tensor, attn_mask: Tensor | None = None) -> None:
         check_features(x, self.config["vis_dim"])
         check_alike("visual features", x, "the folded weights", constant)
-        wanted = x.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+        wanted = x.requires_grad or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad)
         if wanted and torch.is_grad_enabled():
             raise RuntimeError(
                 "a folded projector is for inference and gives no gradients: train the projector "

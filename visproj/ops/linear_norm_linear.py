@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
     forbid_second_derivative,
@@ -88,13 +89,15 @@ def _check(
 ) -> None:
     """Raise as :func:`linear_norm_linear` says."""
     check_floating("x", x)
+    for name, matrix in (("weight", weight), ("out_weight", out_weight), ("gain", gain)):
+        check_floating(name, matrix)
     if weight.ndim != 2 or out_weight.ndim != 2 or out_weight.shape[1] != weight.shape[0]:
-        raise ValueError(
+        raise InputError(
             "weight must be [D, C] and out_weight [N, D], got shapes "
             f"{list(weight.shape)} and {list(out_weight.shape)}"
         )
     if x.ndim != 3 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [B, L, {weight.shape[1]}], got shape {list(x.shape)}")
+        raise InputError(f"x must be [B, L, {weight.shape[1]}], got shape {list(x.shape)}")
     D, N = weight.shape[0], out_weight.shape[0]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "weight": (weight, tuple(weight.shape)),
@@ -109,8 +112,8 @@ def _check(
         if tensor is not None:
             check_shape(name, tensor, shape)
             check_alike(name, tensor, "x", x)
-    if not 0 <= positioned <= N:
-        raise ValueError(f"positioned must lie between 0 and {N}, got {positioned}")
+    if not isinstance(positioned, int) or not 0 <= positioned <= N:
+        raise InputError(f"positioned must be an int between 0 and {N}, got {positioned}")
 
 
 @torch.library.custom_op("visproj::linear_norm_linear_fwd", mutates_args=())

@@ -58,7 +58,8 @@ class PerceiverProjector(PositionedModule):
         has_cls: Whether the first visual token is a CLS token, to be dropped.
 
     Raises:
-        TypeError: If ``vis_config`` has no width.
+        TypeError: If ``vis_config`` has no width, ``lang_dim`` or ``num_heads`` is not an int, or
+            ``has_cls`` not a bool.
         ValueError: If the heads do not divide ``D``, ``D`` is no multiple of 4, or a width or grid
             is not positive.
 
@@ -75,7 +76,9 @@ class PerceiverProjector(PositionedModule):
         has_cls: bool = True,
     ) -> None:
         super().__init__()
-        check_width("lang_dim", lang_dim)
+        lang_dim = check_width("lang_dim", lang_dim)
+        if not isinstance(has_cls, bool):
+            raise TypeError(f"has_cls must be a bool, got {has_cls!r}")
         self.vis_dim = vision_width(vis_config)
         self.embed_dim = lang_dim
         self.query_grid = check_grid(query_grid)
@@ -227,6 +230,11 @@ class PerceiverProjector(PositionedModule):
         """The same by calling ``self.attn``, whatever has taken its place."""
         batch, length, _ = keys.shape
         check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
+        if not batch:  # nn.MultiheadAttention takes one image at least: give it one, keep none
+            keys, values = (F.pad(tokens, (0, 0, 0, 0, 0, 1)) for tokens in (keys, values))
+            masks = dict.fromkeys(masks)
+            out, maps = self._attend_by_module(queries, keys, values, return_attention, **masks)
+            return out[:0], None if maps is None else maps[:0]
         mask = masks["attn_mask"]
         if mask is not None and mask.is_floating_point():
             masks["attn_mask"] = cast_mask(mask, keys.dtype)
@@ -263,7 +271,7 @@ def flatten_batch(
     features = x[..., 1:, :] if has_cls else x
     *lead, length, width = features.shape
     batch = math.prod(lead)
-    if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
+    if isinstance(key_padding_mask, Tensor) and key_padding_mask.shape == (*lead, length):
         key_padding_mask = key_padding_mask.reshape(batch, length)
     return features.reshape(batch, length, width), key_padding_mask
 
@@ -271,9 +279,14 @@ def flatten_batch(
 def unflatten_batch(
     out: Tensor, maps: Tensor | None, lead: torch.Size
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Give the leading dimensions back to ``[B, Q, D]`` and, if there are any, to the maps."""
-    out = out.reshape(*lead, *out.shape[1:])
-    return out if maps is None else (out, maps.reshape(*lead, *maps.shape[1:]))
+    """Give the leading dimensions back to ``[B, Q, D]`` and, if there are any, to the maps.
+
+    A single one they have already: a view would only make FSDP2 warn of the module's output.
+    """
+    if len(lead) != 1:
+        out = out.reshape(*lead, *out.shape[1:])
+        maps = None if maps is None else maps.reshape(*lead, *maps.shape[1:])
+    return out if maps is None else (out, maps)
 
 
 def _init_weights(module: nn.Module) -> None:

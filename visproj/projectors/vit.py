@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from visproj.errors import InputError
 from visproj.ops.checks import check_alike
-from visproj.projectors.config import check_features, check_heads, check_width, vision_width
+from visproj.projectors.config import (
+    check_features,
+    check_heads,
+    check_range,
+    check_width,
+    vision_width,
+)
 from visproj.projectors.fusion import is_plain, linear_layer_norm, log_called
 
 _READS = {"projection": nn.Sequential, "projection.0": nn.Linear, "projection.1": nn.LayerNorm}
@@ -53,9 +60,9 @@ class CLIPAttention(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        width = vision_width(config)
         self.num_heads = check_heads(width, config.num_attention_heads)
-        self.dropout = config.attention_dropout
+        self.dropout = check_range("attention_dropout", config.attention_dropout, 1.0)
         # Built in transformers' order, so that one seed gives both the same weights.
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -78,13 +85,15 @@ class CLIPMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
+        width = vision_width(config)
+        if not isinstance(config.hidden_act, str) or config.hidden_act not in ACTIVATIONS:
             raise InputError(
                 f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
             )
         self.hidden_act = config.hidden_act
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        inner = check_width("intermediate_size", config.intermediate_size)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Two Linears around the config's activation."""
@@ -101,10 +110,12 @@ class CLIPEncoderLayer(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        width = vision_width(config)
+        eps = check_range("layer_norm_eps", config.layer_norm_eps, math.inf)
         self.self_attn = CLIPAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.mlp = CLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., S, C] -> [..., S, C]``."""
@@ -125,9 +136,9 @@ class ViTProjector(nn.Module):
         lang_dim: Width ``D`` of the language model.
 
     Raises:
-        TypeError: If ``vis_config`` lacks a field.
-        ValueError: If a width is not positive, the heads do not divide ``C`` or the activation is
-            unknown.
+        TypeError: If ``vis_config`` lacks a field, or one is not a number that has to be one.
+        ValueError: If a width is not positive, the heads do not divide ``C``, eps or dropout is out
+            of range or the activation is unknown.
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_vit``.
     """
@@ -141,7 +152,7 @@ class ViTProjector(nn.Module):
                 "projector needs a CLIPVisionConfig or an object with its fields"
             )
         self.vis_dim = vision_width(vis_config)
-        check_width("lang_dim", lang_dim)
+        lang_dim = check_width("lang_dim", lang_dim)
         self.vis_layer = CLIPEncoderLayer(vis_config)
         self.projection = nn.Sequential(
             nn.Linear(self.vis_dim, lang_dim), nn.LayerNorm(lang_dim, eps=1e-12)
