@@ -100,7 +100,7 @@ def _forward(
     from visproj.kernels.layer_norm import layer_norm_fwd
 
     out, mean, rstd = layer_norm_fwd(
-        y.reshape(-1, y.shape[-1]),
+        y.contiguous(),
         gain,
         shift,
         eps,
@@ -109,8 +109,8 @@ def _forward(
         statistics=save,
     )
     if mean is None or rstd is None:
-        return (out.reshape(y.shape), *nothing_saved(x))
-    return out.reshape(y.shape), y, mean.reshape(y.shape[:-1]), rstd.reshape(y.shape[:-1])
+        return (out, *nothing_saved(x))
+    return out, y, mean, rstd
 
 
 @_forward.register_fake

@@ -202,14 +202,24 @@ def _normalise_rows(
     # What a library's product would have to copy first, as features without their CLS row.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, bias=bias)[0]
     normal, mean, rstd = layer_norm_fwd(
-        y.flatten(0, 1), gain, shift, eps, out_dtype=y.dtype, in_place=not save, statistics=True
+        y.contiguous(), gain, shift, eps, out_dtype=y.dtype, in_place=not save, statistics=True
     )
-    normal = normal.reshape(y.shape)
     if table is None:
-        out = F.linear(normal, out_weight, out_bias)
+        out = _linear(normal, out_weight, out_bias)
     else:
         out = linear_fwd(normal, out_weight, shift=out_bias, table=table)[0]
-    return out, y, mean.reshape(y.shape[:2]), rstd.reshape(y.shape[:2])
+    return out, y, mean, rstd
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of contiguous ``[B, L, D]``, whose own result is a view: FSDP2 would warn."""
+    out = x.new_empty(*x.shape[:2], weight.shape[0])
+    rows, target = x.flatten(0, 1), out.flatten(0, 1)
+    if bias is None:
+        torch.mm(rows, weight.T, out=target)
+    else:
+        torch.addmm(bias, rows, weight.T, out=target)
+    return out
 
 
 @_forward.register_fake

@@ -122,7 +122,10 @@ class PerceiverProjector(PositionedModule):
 
         Returns:
             ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
-            for an fp64 projector). A query whose keys are all masked gets zero attention.
+            for an fp64 projector). A query whose keys are all masked gets zero attention. Where
+            PyTorch's own Linear returns a view of its product, and with other than one leading
+            dimension, the result is a view, of which FSDP2 warns: that is harmless unless the
+            result is changed in place (write ``out = out + y``, not ``out += y``).
 
         Raises:
             TypeError: If ``x`` or a mask has an unsuitable dtype.
