@@ -8,14 +8,13 @@ depth of a product, and queries x keys of attention.
 
 from __future__ import annotations
 
-import os
 import re
 from functools import cache
 
 import torch
 import triton
 
-from visproj.kernels.launch import Config, architecture, dot_precision
+from visproj.kernels.launch import Config, architecture, dot_precision, switched_on
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -165,9 +164,12 @@ def candidates(kernel: str, dtype: torch.dtype, *, descriptors: bool) -> tuple[C
         dtype: Of the operands.
         descriptors: Whether the operands are aligned for descriptors. Without, and with
             ``VISPROJ_DESCRIPTORS=0``, only those with pointers remain.
+
+    Raises:
+        ValueError: If ``VISPROJ_DESCRIPTORS`` is neither 0 nor 1.
     """
     found = shipped(kernel, dtype, nearest(architecture()))
-    if descriptors and os.environ.get("VISPROJ_DESCRIPTORS", "1") != "0":
+    if switched_on("VISPROJ_DESCRIPTORS") and descriptors:
         return found
     return tuple(config for config in found if not config.descriptors)
 

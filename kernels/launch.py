@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from visproj.errors import InputError
 from visproj.kernels.interpreter import interpreting, repair
 
 P = ParamSpec("P")
@@ -44,6 +46,18 @@ class Config:
     def __str__(self) -> str:
         style = "descriptors" if self.descriptors else "pointers"
         return f"{'x'.join(map(str, self.blocks))}/{self.warps}w{self.stages}s {style}"
+
+
+def switched_on(variable: str) -> bool:
+    """Whether a variable of the environment is 1, as it is when unset or empty, and not 0.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    value = os.environ.get(variable) or "1"
+    if value not in ("0", "1"):
+        raise InputError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def architecture() -> int | str:

@@ -130,22 +130,22 @@ def layer_norm_fwd(
     in_place: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LayerNorm of the rows of a contiguous ``[M, width]`` tensor.
+    """LayerNorm of the rows of a contiguous ``[..., width]`` tensor.
 
     Returns:
-        ``[M, width]``, which is ``x`` itself with ``in_place`` where the dtype allows it; with
-        ``statistics`` also its rows' mean and ``1 / sqrt(var + eps)``, fp32 ``[M]``.
+        ``[..., width]``, which is ``x`` itself with ``in_place`` where the dtype allows it; with
+        ``statistics`` also its rows' mean and ``1 / sqrt(var + eps)``, fp32 ``[...]``.
     """
-    rows, width = x.shape
+    width = x.shape[-1]
     reuse = in_place and x.dtype == out_dtype
     out = x if reuse else torch.empty_like(x, dtype=out_dtype)
     mean = rstd = None
     if statistics:
-        mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     config = _row_config(width)
     launch(
         _layer_norm_fwd_kernel,
-        rows,
+        x.numel() // width,
         x,
         *packed(gain, shift),
         out,

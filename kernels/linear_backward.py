@@ -54,8 +54,10 @@ def _linear_bwd_weight_kernel(
     lanes = tl.arange(0, BLOCK_M)
     row_tiles = tl.cdiv(length, BLOCK_M)
     if DESCRIPTORS:
+        # Of all images at once the stride is the size of grad. tl.cast: a length of 1 is constant.
+        stride_grad_image = tl.cast(length, tl.int64) * N
         grad_tiles = tl.make_tensor_descriptor(
-            grad_ptr, [images, length, N], [length * N, N, 1], [1, BLOCK_M, BLOCK_N]
+            grad_ptr, [images, length, N], [stride_grad_image, N, 1], [1, BLOCK_M, BLOCK_N]
         )
         x_tiles = tl.make_tensor_descriptor(
             x_ptr, [images, length, K], [stride_x_image, stride_x_row, 1], [1, BLOCK_M, BLOCK_K]

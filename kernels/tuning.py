@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from visproj.files import cache_folder, replacing
-from visproj.kernels.launch import INTERPRETING, Config, architecture
+from visproj.files import cache_folder, read_json_object, replacing
+from visproj.kernels.launch import INTERPRETING, Config, architecture, switched_on
 
 _chosen: dict[str, str] = {}
 _files_read: set[Path] = set()
+_lock = threading.Lock()  # held while timing as well: two threads would disturb each other
 
 
 def run_best(
@@ -35,10 +36,14 @@ def run_best(
     ``VISPROJ_AUTOTUNE=0`` takes the first choice always.
 
     ``run`` must be safe to repeat.
+
+    Raises:
+        ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     config = choices[0]
-    if len(choices) > 1 and os.environ.get("VISPROJ_AUTOTUNE", "1") != "0":
-        config = _remembered_or_timed(kernel, shape, choices, run, like)
+    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1 and not INTERPRETING:
+        with _lock:
+            config = _remembered_or_timed(kernel, shape, choices, run, like)
     run(config)
     return config
 
@@ -59,8 +64,6 @@ def _remembered_or_timed(
     run: Callable[[Config], None],
     like: Tensor,
 ) -> Config:
-    if INTERPRETING:
-        return choices[0]
     rows, *rest = shape
     parts = (kernel, architecture(), like.dtype, triton.next_power_of_2(rows), *rest)
     key = " ".join(map(str, parts))
@@ -88,12 +91,12 @@ def _distributed() -> bool:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """What an earlier process chose; a file that cannot be read counts as empty."""
+    """What earlier processes chose. What cannot be read or understood counts as not there."""
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json_object(path)
     except (OSError, ValueError):
         return {}
-    return stored if isinstance(stored, dict) else {}
+    return {key: name for key, name in stored.items() if isinstance(name, str)}
 
 
 def _write(path: Path, choices: dict[str, str]) -> None:

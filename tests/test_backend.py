@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from visproj import ops, use_backend
 from visproj.backend import runs_triton
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 60.0  # seconds that a thread waits for another before the test fails
 
 
 @pytest.fixture
@@ -28,8 +32,9 @@ def by_itself(device):
 def test_automatic(x, by_itself, monkeypatch):
     monkeypatch.delenv("VISPROJ_BACKEND", raising=False)
     assert runs_triton(x) is runs_triton(x, "auto") is by_itself
-    monkeypatch.setenv("VISPROJ_BACKEND", "auto")
-    assert runs_triton(x) is by_itself
+    for unset in ("auto", ""):
+        monkeypatch.setenv("VISPROJ_BACKEND", unset)
+        assert runs_triton(x) is by_itself
 
 
 def test_argument_then_context_then_variable(x, monkeypatch):
@@ -55,6 +60,121 @@ def test_context_ends_with_an_error(x, by_itself):
     assert runs_triton(x) is by_itself
 
 
+def in_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(PATIENCE)
+
+
+@pytest.mark.parametrize("leaves_first", ["first", "second"])
+def test_overlapping_threads(leaves_first, x, by_itself):
+    """Each thread has its own choice, whatever the other does, and nothing is left of either."""
+    entered = {name: threading.Event() for name in ("first", "second")}
+    left = {name: threading.Event() for name in ("first", "second")}
+    other = {"first": "second", "second": "first"}
+
+    def work(name, backend):
+        if name == "second":
+            assert entered["first"].wait(PATIENCE)
+        with use_backend(backend):
+            entered[name].set()
+            assert entered[other[name]].wait(PATIENCE)
+            inside = [runs_triton(x)]
+            if name != leaves_first:
+                assert left[leaves_first].wait(PATIENCE)
+            inside.append(runs_triton(x))
+        left[name].set()
+        assert left[other[name]].wait(PATIENCE)
+        return inside, runs_triton(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(work, *a) for a in (("first", "triton"), ("second", "torch")))
+        assert first.result(PATIENCE) == ([True, True], by_itself)
+        assert second.result(PATIENCE) == ([False, False], by_itself)
+    assert runs_triton(x) is by_itself
+
+
+def test_a_thread_without_a_block_follows_the_last(x, by_itself):
+    """As those do in which PyTorch runs a checkpointed forward again, or a DataParallel replica."""
+
+    def seen():
+        return runs_triton(x)
+
+    def chosen(backend):
+        with use_backend(backend):
+            return seen()
+
+    with use_backend("triton"):
+        assert in_thread(seen)
+        assert not in_thread(lambda: chosen("torch"))
+        assert in_thread(seen)
+        with use_backend("torch"):
+            assert not in_thread(seen)
+        assert in_thread(seen)
+    assert in_thread(seen) is by_itself
+
+
+def choosing(backend, x):
+    with use_backend(backend):
+        while True:
+            yield runs_triton(x)
+
+
+def test_generators_leave_in_any_order(x, by_itself):
+    first, second = choosing("triton", x), choosing("torch", x)
+    assert next(first)
+    assert not next(second)
+    first.close()
+    assert not runs_triton(x)
+    second.close()
+    assert runs_triton(x) is by_itself
+
+
+def test_a_generator_closed_by_another_thread(x, by_itself):
+    generator = choosing("triton", x)
+    assert next(generator)
+    in_thread(generator.close)
+    assert runs_triton(x) is by_itself
+    assert in_thread(lambda: runs_triton(x)) is by_itself
+
+
+def test_compiled_code_follows_every_thread(x):
+    """One graph for each choice, not for each block."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=record)
+    def shifted(x):
+        return x + 1 if runs_triton(x, None) else x + 2
+
+    def by(backend):
+        with use_backend(backend):
+            return shifted(x)[0, 0].item()
+
+    for _ in range(10):
+        assert by("torch") == 2
+        assert by("triton") == 1
+        with use_backend("triton"):
+            assert in_thread(lambda: by("torch")) == 2
+            assert in_thread(lambda: shifted(x)[0, 0].item()) == 1
+    assert len(graphs) <= 4
+
+
+def test_many_threads_leave_nothing(x, by_itself):
+    def work(n):
+        with ExitStack() as stack:
+            for backend in ("torch", "triton") * 50:
+                stack.enter_context(use_backend(backend))
+                assert runs_triton(x) is (backend == "triton")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+        assert [f.result() for f in [pool.submit(runs_triton, x)] * 8] == [by_itself] * 8
+    assert runs_triton(x) is by_itself
+
+
 def test_unknown_names(x, monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of auto, triton, torch, got 'cuda'"):
         runs_triton(x, "cuda")
@@ -63,9 +183,13 @@ def test_unknown_names(x, monkeypatch):
         use_backend("Triton"),
     ):
         pass
-    monkeypatch.setenv("VISPROJ_BACKEND", "gpu")
-    with pytest.raises(ValueError, match=r"VISPROJ_BACKEND must be one of .* got 'gpu'"):
-        runs_triton(x)
+    for name in ("gpu", "Torch", " torch"):
+        monkeypatch.setenv("VISPROJ_BACKEND", name)
+        with pytest.raises(ValueError, match=rf"VISPROJ_BACKEND must be one of .* got '{name}'"):
+            runs_triton(x)
+    for odd in (None, ["torch"]):
+        with pytest.raises(ValueError, match=r"use_backend\(\) must be one of"), use_backend(odd):
+            pass
     assert not runs_triton(x, "torch")
 
 
@@ -163,7 +287,8 @@ def test_without_a_gpu_the_error_says_what_is_missing():
     done = python(CALL, TRITON_INTERPRET="0", VISPROJ_BACKEND="triton")
     assert done.returncode != 0
     said = done.stderr.splitlines()[-1]
-    assert said.startswith("RuntimeError: the Triton backend was asked for, but the tensors are on")
+    start = "visproj.errors.BackendError: the Triton backend was asked for, but the tensors are on"
+    assert said.startswith(start)
     for part in ("cpu", 'use_backend("torch")', "VISPROJ_BACKEND=torch", "TRITON_INTERPRET=1"):
         assert part in said
     assert python(CALL, TRITON_INTERPRET="0", VISPROJ_BACKEND="auto").returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,15 +15,37 @@ from visproj.kernels.support import why_unavailable
 
 BACKENDS = ("auto", "triton", "torch")
 
-_current: str | None = None
+
+class _Block:
+    """One ``with use_backend(name)`` that has been entered and not left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Thread(threading.local):
+    """The blocks that this thread has entered, oldest first."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []
+
+
+_thread = _Thread()
+_blocks: list[_Block] = []  # of all threads
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every operation called inside, in all threads.
+    """Choose the implementation of every operation called inside.
 
-    A backward runs what its forward ran, wherever it is called. Gradient checkpointing runs the
-    forward again in the backward: call that inside as well, or set ``VISPROJ_BACKEND``.
+    The choice holds in the thread that enters the block, whatever other threads choose meanwhile.
+    A thread that is in no block of its own follows the block that was entered last in any thread.
+    The threads that PyTorch starts are such threads: those of ``nn.DataParallel``, and those in
+    which gradient checkpointing runs a forward again during the backward, so call that inside as
+    well or set ``VISPROJ_BACKEND``. A backward runs what its forward ran, wherever it is called.
+
+    Blocks may overlap: leaving one takes back its own choice and no other. Coroutines and
+    generators share the choices of the thread that runs them.
 
     Args:
         name: ``"auto"``: Triton kernels for tensors on an NVIDIA GPU of compute capability 8.0 or
@@ -32,12 +55,15 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: If there is no such backend.
     """
-    global _current
-    previous, _current = _current, check_backend(name, "use_backend()")
+    block = _Block(check_backend(name, "use_backend()"))
+    entered = (_thread.blocks, _blocks)  # a generator may be closed by another thread
+    for blocks in entered:
+        blocks.append(block)
     try:
         yield
     finally:
-        _current = previous
+        for blocks in entered:
+            blocks.remove(block)
 
 
 def check_backend(name: str, source: str) -> str:
@@ -99,9 +125,10 @@ def _transform() -> str | None:
 def _choose(backend: str | None) -> str:
     if backend is not None:
         return check_backend(backend, "backend")
-    if _current is not None:
-        return _current
-    return check_backend(os.environ.get("VISPROJ_BACKEND", "auto"), "VISPROJ_BACKEND")
+    # Slices, because another thread may empty the list between a test and an index.
+    if latest := _thread.blocks[-1:] or _blocks[-1:]:
+        return latest[0].name
+    return check_backend(os.environ.get("VISPROJ_BACKEND") or "auto", "VISPROJ_BACKEND")
 
 
 def _why_not(device: torch.device) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,8 +20,8 @@ def vision_width(vis_config: object) -> int:
         TypeError: If it is neither an int nor has an int ``hidden_size``.
         ValueError: If the width is not positive.
     """
-    width = getattr(vis_config, "hidden_size", vis_config)
-    if isinstance(width, bool) or not isinstance(width, int):
+    width = _as_int(getattr(vis_config, "hidden_size", vis_config))
+    if width is None:
         raise TypeError(
             "vis_config must be a width or have an int hidden_size (of a CLIPConfig pass its "
             f"vision_config), got {type(vis_config).__name__}"
@@ -26,21 +29,59 @@ def vision_width(vis_config: object) -> int:
     return check_width("vision width", width)
 
 
-def check_width(name: str, width: int) -> int:
-    """Return ``width`` or raise ``ValueError`` if it is not positive."""
-    if width < 1:
-        raise InputError(f"{name} must be positive, got {width}")
-    return width
+def check_width(name: str, width: Any) -> int:
+    """Return ``width`` as an int.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is not positive.
+    """
+    size = _as_int(width)
+    if size is None:
+        raise TypeError(f"{name} must be an int, got {width!r}")
+    if size < 1:
+        raise InputError(f"{name} must be positive, got {size}")
+    return size
 
 
-def check_heads(width: int, heads: int) -> int:
-    """Return ``heads`` or raise ``ValueError`` naming the head counts that divide ``width``."""
-    if heads < 1 or width % heads:
+def _as_int(value: Any) -> int | None:
+    """Any integer, NumPy's as well, but no bool; ``None`` for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_range(name: str, value: Any, highest: float) -> float:
+    """Return ``value`` as a float, a number from 0 to ``highest``.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it lies outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= float(value) <= highest:
+        raise InputError(f"{name} must lie between 0 and {highest:g}, got {value}")
+    return float(value)
+
+
+def check_heads(width: int, heads: Any) -> int:
+    """Return ``heads`` as an int.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it does not divide ``width``; the message names the head counts that do.
+    """
+    count = _as_int(heads)
+    if count is None:
+        raise TypeError(f"num_heads must be an int, got {heads!r}")
+    if count < 1 or width % count:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         raise InputError(
-            f"{heads} heads do not divide a width of {width}; pass num_heads as one of {divisors}"
+            f"{count} heads do not divide a width of {width}; pass num_heads as one of {divisors}"
         )
-    return heads
+    return count
 
 
 def check_features(x: Tensor, width: int) -> None:

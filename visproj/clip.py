@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visproj.checks import check_heads, vision_width
+from visproj.checks import check_heads, check_range, check_width, vision_width
 from visproj.errors import InputError
 
 
@@ -24,13 +25,30 @@ class VisionConfig:
     layer_norm_eps: float
     attention_dropout: float
 
+    def __post_init__(self) -> None:
+        width = vision_width(self)
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            raise InputError(
+                f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}"
+            )
+        checked = {
+            "hidden_size": width,
+            "intermediate_size": check_width("intermediate_size", self.intermediate_size),
+            "num_attention_heads": check_heads(width, self.num_attention_heads),
+            "layer_norm_eps": check_range("layer_norm_eps", self.layer_norm_eps, math.inf),
+            "attention_dropout": check_range("attention_dropout", self.attention_dropout, 1.0),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def of(cls, config: object) -> VisionConfig:
         """Read these fields from any object that has them.
 
         Raises:
-            TypeError: If ``config`` lacks a field.
-            InputError: If its width is not positive.
+            TypeError: If ``config`` lacks a field, or one is not a number that has to be one.
+            InputError: If a width is not positive, the heads do not divide it, eps or dropout is
+                out of range or the activation is unknown.
         """
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if not hasattr(config, name)]
@@ -39,7 +57,6 @@ class VisionConfig:
                 f"vis_config ({type(config).__name__}) lacks {', '.join(missing)}: the ViT "
                 "projector needs a CLIPVisionConfig or an object with its fields"
             )
-        vision_width(config)
         return cls(**{name: getattr(config, name) for name in names})
 
 
@@ -69,7 +86,7 @@ class CLIPAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads = check_heads(width, config.num_attention_heads)
+        self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
         # Built in transformers' order, so that one seed gives both the same weights.
         self.k_proj = nn.Linear(width, width)
@@ -93,10 +110,6 @@ class CLIPMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
-            )
         self.hidden_act = config.hidden_act
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)

@@ -32,12 +32,13 @@ def sincos_position_table(dim: int, grid: Grid = (16, 16)) -> Tensor:
         ``[rows * columns, dim]`` in the default dtype, cells in row-major order.
 
     Raises:
-        ValueError: If ``dim`` is not a positive multiple of 4 or the grid is empty.
+        ValueError: If ``dim`` is not a positive multiple of 4, or ``grid`` not two positive
+            integers.
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, after MAE ``util/pos_embed.py``.
     """
-    if dim <= 0 or dim % 4:
-        raise InputError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim}")
+    if not isinstance(dim, int) or dim <= 0 or dim % 4:
+        raise InputError(f"a 2-D sine-cosine table needs a width divisible by 4, got {dim!r}")
     rows, columns = check_grid(grid)
     # From integers: DeepSpeed's zero.Init casts what a floating-point arange returns.
     omega = 10000.0 ** (-torch.arange(dim // 4).double() * 4 / dim)
@@ -59,7 +60,7 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
     dtype. The same grid returns the table itself.
 
     Args:
-        table: ``[source rows * source columns, D]``, floating.
+        table: ``[source rows * source columns, D]``, floating, ``D`` at least 1.
         source: Rows and columns of ``table``.
         target: Rows and columns wanted.
 
@@ -67,16 +68,24 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
         ``[target rows * target columns, D]``, dtype and device of ``table``.
 
     Raises:
-        ValueError: If ``table`` has another number of rows than ``source`` says.
+        TypeError: If ``table`` is not a floating-point tensor.
+        ValueError: If it has another shape than ``source`` says, or a grid is not two positive
+            integers.
     """
-    if table.shape[0] != math.prod(check_grid(source)):
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"table must be a floating-point tensor, got {got}")
+    if table.ndim != 2 or not table.shape[1]:
+        raise InputError(f"table must be [rows * columns, D], got shape {list(table.shape)}")
+    source, target = check_grid(source), check_grid(target)
+    if table.shape[0] != math.prod(source):
         raise InputError(
             f"table has {table.shape[0]} rows, but a {source[0]}x{source[1]} grid has "
             f"{math.prod(source)}"
         )
     if source == target:
         return table
-    rows, columns = check_grid(target)
+    rows, columns = target
     planes = table.float().reshape(1, *source, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(planes, size=(rows, columns), mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
@@ -84,21 +93,28 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
 
 def check_grid(grid: Grid) -> Grid:
     """Return ``grid`` as two positive ints or raise ``ValueError`` naming what was got."""
-    if len(grid) != 2 or any(isinstance(n, bool) or int(n) != n or n < 1 for n in grid):
+    try:
+        rows, columns = (int(n) for n in grid)
+    except (TypeError, ValueError, OverflowError):  # None, NaN, infinity, or not two of anything
+        rows = columns = 0
+    # In this order: only what could be counted can be compared.
+    if min(rows, columns) < 1 or (rows, columns) != tuple(grid) or bool in map(type, grid):
         raise InputError(f"grid must be two positive integers (rows, columns), got {grid!r}")
-    return int(grid[0]), int(grid[1])
+    return rows, columns
 
 
 def grid_of(tokens: int, grid: Grid | None) -> Grid:
     """The grid that ``tokens`` visual tokens (CLS removed) lie on.
 
     Raises:
-        ValueError: If ``grid`` holds another number of cells, or if it is ``None`` and ``tokens``
-            is not a square number.
+        ValueError: If ``grid`` holds another number of cells, if it is ``None`` and ``tokens`` is
+            not a square number, or if there are no tokens.
     """
+    if not tokens:
+        raise InputError("there are no visual tokens (CLS removed): at least 1 is needed per image")
     if grid is None:
         side = int(math.sqrt(tokens))  # exact for squares, and what torch.compile can trace
-        if side * side != tokens or not tokens:
+        if side * side != tokens:
             raise InputError(
                 f"{tokens} visual tokens (CLS removed) form no square grid: pass grid=(rows, "
                 "columns), and check has_cls"

@@ -52,7 +52,10 @@ class Resampler(PositionedModule):
 
         Returns:
             ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
-            for an fp64 projector). A query whose keys are all masked gets zero attention.
+            for an fp64 projector). A query whose keys are all masked gets zero attention. Where
+            PyTorch's own Linear returns a view of its product, and with other than one leading
+            dimension, the result is a view, of which FSDP2 warns: that is harmless unless the
+            result is changed in place (write ``out = out + y``, not ``out += y``).
 
         Raises:
             TypeError: If ``x`` or a mask has an unsuitable dtype.
@@ -63,7 +66,7 @@ class Resampler(PositionedModule):
         features = x[..., 1:, :] if self.has_cls else x
         *lead, length, width = features.shape
         batch = math.prod(lead)
-        if key_padding_mask is not None and key_padding_mask.shape == (*lead, length):
+        if isinstance(key_padding_mask, Tensor) and key_padding_mask.shape == (*lead, length):
             key_padding_mask = key_padding_mask.reshape(batch, length)
         out, maps = self.resample(
             features.reshape(batch, length, width),

@@ -1,12 +1,16 @@
 """Which configuration runs, with stand-ins for the GPU and for the clock."""
 
+import errno
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 
-from visproj.kernels import tuning
+from visproj.kernels import configs, tuning
 from visproj.kernels.launch import Config
 
 SLOW, FAST = Config((64, 64), 4, 2), Config((128, 64), 8, 2, descriptors=True)
@@ -70,24 +74,133 @@ def test_the_file_names_triton_and_the_device(gpu, tmp_path):
     }
 
 
+KEY = b'"kernel 90 torch.bfloat16 256 4096 True"'
+
+
 @pytest.mark.parametrize(
-    "stored", ["", "[]", "{", '{"kernel 90 torch.bfloat16 256 4096 True": "?"}']
+    "stored",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff\xfe\x00{",
+        b"[" * 100_000,
+        *(b"{%s: %s}" % (KEY, value) for value in (b'"?"', b"1", b"null", b'["?"]', b'{"a": 1}')),
+    ],
+    ids=lambda stored: repr(stored[:60]),
 )
 def test_a_file_that_says_nothing_is_replaced(gpu, stored):
     ran, timed = gpu
-    tuning.cache_file().write_text(stored)
+    tuning.cache_file().write_bytes(stored)
     assert best(ran) == FAST
     assert timed == [SLOW, FAST]
-    assert "128x64" in tuning.cache_file().read_text()
+    assert json.loads(tuning.cache_file().read_text()) == {json.loads(KEY): str(FAST)}
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(gpu, monkeypatch, tmp_path):
-    ran, timed = gpu
+def test_what_other_processes_chose_is_kept(gpu):
+    ran, _ = gpu
+    tuning.cache_file().write_text('{"other": "x", "damaged": []}')
+    best(ran, rows=16)
+    # Another process writes while this one runs.
+    tuning.cache_file().write_text('{"other": "x", "later": "y"}')
+    best(ran)
+    stored = json.loads(tuning.cache_file().read_text())
+    assert stored == {"other": "x", "later": "y", json.loads(KEY): str(FAST)}
+
+
+def no_folder(monkeypatch, tmp_path):
+    pwd = pytest.importorskip("pwd", reason="only POSIX has users without an entry")
+
+    def no_entry(uid):
+        raise KeyError(uid)
+
+    for variable in ("HOME", "XDG_CACHE_HOME", "VISPROJ_CACHE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    assert tuning.cache_file() is None
+
+
+def below_a_file(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISPROJ_CACHE_DIR", str(tmp_path / "file" / "below"))
+
+
+def folder_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VISPROJ_CACHE_DIR", str(tmp_path / "file"))
+
+
+def file_is_a_folder(monkeypatch, tmp_path):
+    tuning.cache_file().mkdir(parents=True)
+
+
+def disk_is_full(monkeypatch, tmp_path):
+    def write_text(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+
+
+@pytest.mark.parametrize(
+    "trouble", [no_folder, below_a_file, folder_is_a_file, file_is_a_folder, disk_is_full]
+)
+def test_a_cache_that_cannot_be_had_is_no_error(gpu, monkeypatch, tmp_path, trouble):
+    """It is timed once in this process, and nothing is left lying about."""
+    ran, timed = gpu
+    trouble(monkeypatch, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     assert best(ran) == FAST
     assert best(ran) == FAST
-    assert len(timed) == 2
+    assert timed == [SLOW, FAST]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_threads_time_one_after_the_other(gpu, monkeypatch):
+    """And the second finds what the first has chosen."""
+    _, timed = gpu
+    start, together = threading.Barrier(2), threading.Barrier(2)
+
+    def do_bench(run, **options):
+        run()
+        try:
+            together.wait(0.2)
+        except threading.BrokenBarrierError:  # nobody else is timing
+            return SECONDS[timed[-1]]
+        raise AssertionError("two threads time at once")
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+
+    def work(_):
+        start.wait(60)
+        return tuning.run_best("kernel", (256,), (SLOW, FAST), timed.append, LIKE)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [FAST, FAST]
+    assert sorted(map(str, timed)) == sorted(map(str, [SLOW, FAST, FAST, FAST]))
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_switches_that_are_on(gpu, monkeypatch, value):
+    ran, _ = gpu
+    for variable in ("VISPROJ_AUTOTUNE", "VISPROJ_DESCRIPTORS"):
+        monkeypatch.setenv(variable, value)
+    assert best(ran) == FAST
+    monkeypatch.setattr(configs, "architecture", lambda: 90)
+    assert configs.candidates("linear", torch.bfloat16, descriptors=True)[0].descriptors
+
+
+@pytest.mark.parametrize("value", ["yes", "false", "2", "on", " 0"])
+def test_switches_take_0_and_1_only(gpu, monkeypatch, value):
+    """Also where the answer would not matter: a typing error should not wait for another GPU."""
+    ran, _ = gpu
+    for variable in ("VISPROJ_AUTOTUNE", "VISPROJ_DESCRIPTORS"):
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"VISPROJ_AUTOTUNE must be 0 or 1, got '{value}'"):
+        best(ran, choices=(SLOW,))
+    with pytest.raises(ValueError, match=f"VISPROJ_DESCRIPTORS must be 0 or 1, got '{value}'"):
+        configs.candidates("linear", torch.bfloat16, descriptors=False)
+    assert ran == []
 
 
 @pytest.mark.parametrize("why", ["variable", "capturing", "distributed", "interpreter", "one"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from visproj.checks import check_module
 from visproj.errors import InputError
+from visproj.ops.checks import check_device, check_floating
 
 _WARM_UP = 3  # compiles and tunes kernels and loads libraries, which a capture must not
 
@@ -31,17 +33,18 @@ def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
         overwritten by the next call: clone it to keep it.
 
     Raises:
-        TypeError: If ``module`` is not a module, or ``example`` is not a tensor.
-        ValueError: If ``example`` is not on a CUDA device; and, from the function, if features
-            differ from ``example`` in shape, dtype or device.
+        TypeError: If ``module`` is not a module or ``example`` not a floating-point tensor.
+        ValueError: If ``example`` is not on a CUDA device, or a weight not on the same one; and,
+            from the function, if features differ from ``example`` in shape, dtype or device.
         RuntimeError: Under an autocast that caches casts, which the graph would read after
             autocast has freed them: pass ``cache_enabled=False`` to it.
     """
     check_module("graphed", module)
-    if not isinstance(example, Tensor):
-        raise TypeError(f"graphed takes an example tensor, got a {type(example).__name__}")
+    check_floating("example", example)
     if example.device.type != "cuda":
         raise InputError(f"a CUDA graph needs a CUDA device, got an example on {example.device}")
+    for name, weight in chain(module.named_parameters(), module.named_buffers()):
+        check_device(name, weight, "example", example)
     if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
         raise RuntimeError(
             "a graph recorded under autocast would read casts that autocast frees when it ends: "
@@ -69,6 +72,7 @@ class Graphed:
 
     def __call__(self, x: Tensor) -> Any:
         """Replay the graph on ``x``."""
+        check_floating("features", x)
         wanted = (self.features.shape, self.features.dtype, self.features.device)
         if (x.shape, x.dtype, x.device) != wanted:
             raise InputError(

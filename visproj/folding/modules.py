@@ -80,7 +80,7 @@ class FoldedProjector(nn.Module):
         check_alike("visual features", x, "the folded weights", self.like)
         if torch.is_grad_enabled() and (
             x.requires_grad
-            or (attn_mask is not None and attn_mask.requires_grad)
+            or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad)
             or any(parameter.requires_grad for parameter in self.parameters())
         ):
             raise RuntimeError(

@@ -7,19 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visproj.errors import InputError
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a dense tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a dense tensor of real floating-point numbers."""
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless ``tensor`` has exactly the shape ``wanted``."""
+def check_shape(name: str, tensor: Any, wanted: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is a tensor of exactly the shape ``wanted``.
+
+    Raises:
+        TypeError: If it is not a dense tensor.
+        ValueError: If it has another shape.
+    """
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != wanted:
-        raise ValueError(f"{name} must have shape {list(wanted)}, got {list(tensor.shape)}")
+        raise InputError(f"{name} must have shape {list(wanted)}, got {list(tensor.shape)}")
 
 
 def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -40,7 +56,7 @@ def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None
 def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Raise ``ValueError`` unless both tensors are on one device."""
     if tensor.device != like.device:
-        raise ValueError(
+        raise InputError(
             f"{name} and {like_name} must be on one device, got {tensor.device} and {like.device}"
         )
 

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.ops.autograd import EMPTY, forbid_second_derivative, saves_for_backward
 from visproj.ops.checks import (
     check_alike,
     check_device,
     check_floating,
     check_shape,
+    check_tensor,
     to_autocast_dtype,
 )
 from visproj.reference import cross_attention_maps_ref, cross_attention_ref, formulas
@@ -106,9 +108,11 @@ def cross_attention_maps(
 
     Raises:
         TypeError: As :func:`cross_attention`.
-        ValueError: As :func:`cross_attention`.
+        ValueError: As :func:`cross_attention`, and if the head width is 0.
     """
     _check_qk(q, k)
+    if not q.shape[-1]:
+        raise InputError("q and k have a head width of 0, which gives no scores to be shown")
     check_masks(k, _scores_shape(q, k), attn_mask, key_padding_mask)
     return cross_attention_maps_ref(q, k, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
 
@@ -116,17 +120,18 @@ def cross_attention_maps(
 def _check_qk(q: Tensor, k: Tensor) -> None:
     """Raise unless queries and keys fit each other."""
     check_floating("q", q)
+    check_floating("k", k)
     if q.ndim not in (3, 4):
-        raise ValueError(f"q must be [Q, H, d] or [B, Q, H, d], got shape {list(q.shape)}")
+        raise InputError(f"q must be [Q, H, d] or [B, Q, H, d], got shape {list(q.shape)}")
     if k.ndim != 4:
-        raise ValueError(f"k must be [B, L, H, d], got shape {list(k.shape)}")
+        raise InputError(f"k must be [B, L, H, d], got shape {list(k.shape)}")
     if q.shape[-2:] != k.shape[-2:]:
-        raise ValueError(
+        raise InputError(
             f"q and k must have the same heads and head width, got {list(q.shape[-2:])} and "
             f"{list(k.shape[-2:])}"
         )
     if q.ndim == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q has batch {q.shape[0]}, but k has batch {k.shape[0]}")
+        raise InputError(f"q has batch {q.shape[0]}, but k has batch {k.shape[0]}")
     check_alike("k", k, "q", q)
 
 
@@ -148,19 +153,21 @@ def check_masks(
     """
     batch, heads, queries, keys = shape
     if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
         if tuple(attn_mask.shape) not in ((queries, keys), (batch * heads, queries, keys)):
-            raise ValueError(
+            raise InputError(
                 f"attn_mask must be [Q, L] = [{queries}, {keys}] or [B * heads, Q, L] = "
                 f"[{batch * heads}, {queries}, {keys}], got {list(attn_mask.shape)}"
             )
         check_device("attn_mask", attn_mask, "k", like)
     if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask)
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
         if tuple(key_padding_mask.shape) != (batch, keys):
-            raise ValueError(
+            raise InputError(
                 f"key_padding_mask must be [B, L] = [{batch}, {keys}], "
                 f"got {list(key_padding_mask.shape)}"
             )
@@ -171,8 +178,9 @@ def _unpack(k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values, packed or not."""
     if v is not None:
         return k, v
+    check_tensor("k", k)
     if k.ndim != 5 or k.shape[2] != 2:
-        raise ValueError(f"without v, k must be [B, L, 2, H, d], got shape {list(k.shape)}")
+        raise InputError(f"without v, k must be [B, L, 2, H, d], got shape {list(k.shape)}")
     keys, values = k.unbind(2)
     return keys, values
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.ops.checks import check_alike, check_floating, check_shape, to_autocast_dtype
 from visproj.reference import folded_linear_ref
 
@@ -72,18 +73,23 @@ def _check(
 ) -> None:
     """Raise as :func:`folded_linear` says."""
     check_floating("x", x)
+    for name, given in (("weight", weight), ("bias", bias), ("stats_weight", stats_weight)):
+        check_floating(name, given)
+    check_floating("stats_bias", stats_bias)
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
+        raise InputError(
             "x must be [..., L, C] and weight [N, C], got shapes "
             f"{list(x.shape)} and {list(weight.shape)}"
         )
     N, C = weight.shape
     if stats_weight.ndim != 2 or stats_weight.shape[0] > C or stats_weight.shape[1] != C:
-        raise ValueError(
+        raise InputError(
             f"stats_weight must be [<= {C}, {C}], got shape {list(stats_weight.shape)}"
         )
+    if table is not None:
+        check_floating("table", table)
     if table is not None and (table.ndim != 2 or table.shape[1] > N):
-        raise ValueError(f"table must be [L, <= {N}], got shape {list(table.shape)}")
+        raise InputError(f"table must be [L, <= {N}], got shape {list(table.shape)}")
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "weight": (weight, (N, C)),
         "bias": (bias, (N,)),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
     forbid_second_derivative,
@@ -57,10 +58,12 @@ def linear_layer_norm(
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``build_projection``.
     """
     check_floating("x", x)
+    check_floating("weight", weight)
+    check_floating("gain", gain)
     if weight.ndim != 2:
-        raise ValueError(f"weight must be [D, C], got shape {list(weight.shape)}")
+        raise InputError(f"weight must be [D, C], got shape {list(weight.shape)}")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [..., {weight.shape[1]}], got shape {list(x.shape)}")
+        raise InputError(f"x must be [..., {weight.shape[1]}], got shape {list(x.shape)}")
     check_alike("weight", weight, "x", x)
     for name, vector in (("bias", bias), ("gain", gain), ("shift", shift)):
         if vector is not None:
@@ -97,7 +100,7 @@ def _forward(
     from visproj.kernels.layer_norm import layer_norm_fwd
 
     out, mean, rstd = layer_norm_fwd(
-        y.reshape(-1, y.shape[-1]),
+        y.contiguous(),
         gain,
         shift,
         eps,
@@ -106,8 +109,8 @@ def _forward(
         statistics=save,
     )
     if mean is None or rstd is None:
-        return (out.reshape(y.shape), *nothing_saved(x))
-    return out.reshape(y.shape), y, mean.reshape(y.shape[:-1]), rstd.reshape(y.shape[:-1])
+        return (out, *nothing_saved(x))
+    return out, y, mean, rstd
 
 
 @_forward.register_fake

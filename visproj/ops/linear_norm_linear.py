@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visproj.backend import runs_triton
+from visproj.errors import InputError
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
     forbid_second_derivative,
@@ -88,13 +89,15 @@ def _check(
 ) -> None:
     """Raise as :func:`linear_norm_linear` says."""
     check_floating("x", x)
+    for name, matrix in (("weight", weight), ("out_weight", out_weight), ("gain", gain)):
+        check_floating(name, matrix)
     if weight.ndim != 2 or out_weight.ndim != 2 or out_weight.shape[1] != weight.shape[0]:
-        raise ValueError(
+        raise InputError(
             "weight must be [D, C] and out_weight [N, D], got shapes "
             f"{list(weight.shape)} and {list(out_weight.shape)}"
         )
     if x.ndim != 3 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [B, L, {weight.shape[1]}], got shape {list(x.shape)}")
+        raise InputError(f"x must be [B, L, {weight.shape[1]}], got shape {list(x.shape)}")
     D, N = weight.shape[0], out_weight.shape[0]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "weight": (weight, tuple(weight.shape)),
@@ -109,8 +112,8 @@ def _check(
         if tensor is not None:
             check_shape(name, tensor, shape)
             check_alike(name, tensor, "x", x)
-    if not 0 <= positioned <= N:
-        raise ValueError(f"positioned must lie between 0 and {N}, got {positioned}")
+    if not isinstance(positioned, int) or not 0 <= positioned <= N:
+        raise InputError(f"positioned must be an int between 0 and {N}, got {positioned}")
 
 
 @torch.library.custom_op("visproj::linear_norm_linear_fwd", mutates_args=())
@@ -199,14 +202,24 @@ def _normalise_rows(
     # What a library's product would have to copy first, as features without their CLS row.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, bias=bias)[0]
     normal, mean, rstd = layer_norm_fwd(
-        y.flatten(0, 1), gain, shift, eps, out_dtype=y.dtype, in_place=not save, statistics=True
+        y.contiguous(), gain, shift, eps, out_dtype=y.dtype, in_place=not save, statistics=True
     )
-    normal = normal.reshape(y.shape)
     if table is None:
-        out = F.linear(normal, out_weight, out_bias)
+        out = _linear(normal, out_weight, out_bias)
     else:
         out = linear_fwd(normal, out_weight, shift=out_bias, table=table)[0]
-    return out, y, mean.reshape(y.shape[:2]), rstd.reshape(y.shape[:2])
+    return out, y, mean, rstd
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of contiguous ``[B, L, D]``, whose own result is a view: FSDP2 would warn."""
+    out = x.new_empty(*x.shape[:2], weight.shape[0])
+    rows, target = x.flatten(0, 1), out.flatten(0, 1)
+    if bias is None:
+        torch.mm(rows, weight.T, out=target)
+    else:
+        torch.addmm(bias, rows, weight.T, out=target)
+    return out
 
 
 @_forward.register_fake

@@ -26,7 +26,7 @@ class LinearProjector(nn.Sequential):
         lang_dim: Width ``D`` of the language model.
 
     Raises:
-        TypeError: If ``vis_config`` has no width.
+        TypeError: If ``vis_config`` has no width, or a width is not an int.
         ValueError: If a width is not positive.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``build_projection``.
@@ -34,7 +34,7 @@ class LinearProjector(nn.Sequential):
 
     def __init__(self, vis_config: object, lang_dim: int) -> None:
         width = vision_width(vis_config)
-        check_width("lang_dim", lang_dim)
+        lang_dim = check_width("lang_dim", lang_dim)
         super().__init__(nn.Linear(width, lang_dim), nn.LayerNorm(lang_dim, eps=1e-12))
         self.vis_dim = width
 

@@ -71,7 +71,9 @@ class AttentionResampler(Resampler):
         eps: float,
     ) -> None:
         super().__init__()
-        check_width("lang_dim", embed_dim)
+        embed_dim = check_width("lang_dim", embed_dim)
+        if not isinstance(has_cls, bool):
+            raise TypeError(f"has_cls must be a bool, got {has_cls!r}")
         self.vis_dim = vis_dim
         self.embed_dim = embed_dim
         self.query_grid = check_grid(query_grid)
@@ -163,6 +165,11 @@ class AttentionResampler(Resampler):
         """The same by calling ``self.attn``, whatever has taken its place."""
         batch, length, _ = keys.shape
         check_masks(keys, (batch, self.num_heads, self.num_queries, length), **masks)
+        if not batch:  # nn.MultiheadAttention takes one image at least: give it one, keep none
+            keys, values = (F.pad(tokens, (0, 0, 0, 0, 0, 1)) for tokens in (keys, values))
+            masks = dict.fromkeys(masks)
+            out, maps = self._call_attention(queries, keys, values, return_attention, **masks)
+            return out[:0], None if maps is None else maps[:0]
         mask = masks["attn_mask"]
         if mask is not None and mask.is_floating_point():
             masks["attn_mask"] = cast_mask(mask, keys.dtype)
@@ -267,7 +274,8 @@ class PerceiverProjector(AttentionResampler):
         has_cls: Whether the first visual token is a CLS token, to be dropped.
 
     Raises:
-        TypeError: If ``vis_config`` has no width.
+        TypeError: If ``vis_config`` has no width, ``lang_dim`` or ``num_heads`` is not an int, or
+            ``has_cls`` not a bool.
         ValueError: If the heads do not divide ``D``, ``D`` is no multiple of 4, or a width or grid
             is not positive.
 
@@ -283,6 +291,7 @@ class PerceiverProjector(AttentionResampler):
         num_heads: int | None = None,
         has_cls: bool = True,
     ) -> None:
+        lang_dim = check_width("lang_dim", lang_dim)
         super().__init__(
             vision_width(vis_config),
             lang_dim,

@@ -46,9 +46,9 @@ class ViTProjector(nn.Module):
         lang_dim: Width ``D`` of the language model.
 
     Raises:
-        TypeError: If ``vis_config`` lacks a field.
-        ValueError: If a width is not positive, the heads do not divide ``C`` or the activation is
-            unknown.
+        TypeError: If ``vis_config`` lacks a field, or one is not a number that has to be one.
+        ValueError: If a width is not positive, the heads do not divide ``C``, eps or dropout is out
+            of range or the activation is unknown.
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_vit``.
     """
@@ -56,7 +56,7 @@ class ViTProjector(nn.Module):
     def __init__(self, vis_config: object, lang_dim: int) -> None:
         super().__init__()
         config = VisionConfig.of(vis_config)
-        check_width("lang_dim", lang_dim)
+        lang_dim = check_width("lang_dim", lang_dim)
         self.vis_dim = config.hidden_size
         self.vis_layer = CLIPEncoderLayer(config)
         self.projection = nn.Sequential(
