@@ -111,6 +111,7 @@ DAMAGED = {
         r'below projection: .*Missing key.*"ln_q\.bias"',
     ),
     "a missing width": ("perceiver", without("projection.kv_proj.weight"), "no matrix kv_proj"),
+    "no queries": ("perceiver", without("projection.query"), "no matrix query; there are"),
     "no baseline": ("baseline", without("projection.0.weight"), r"no matrix 0\.weight; there are"),
     "one key more": (
         "baseline",
@@ -128,6 +129,19 @@ DAMAGED = {
         lambda state: state.update({"projection.0.bias": torch.zeros(64, dtype=torch.int8)}),
         r"projection\.0\.bias in .* must be a plain tensor of float64",
     ),
+    "no tensor": (
+        "baseline",
+        lambda state: state.update({"projection.0.bias": [1.0]}),
+        r"projection\.0\.bias in .* is a list, not a tensor",
+    ),
+    "float8": (
+        "baseline",
+        lambda state: state.update(
+            {"projection.0.bias": torch.zeros(64, dtype=torch.float8_e4m3fn)}
+        ),
+        r"projection\.0\.bias in .* must be a plain tensor of float64",
+    ),
+    "nothing": ("baseline", lambda state: state.clear(), "It holds no tensors"),
     "queries": (
         "perceiver",
         of_another_shape("projection.query", 12, 64),

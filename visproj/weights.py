@@ -126,7 +126,7 @@ def _find(path: Path) -> dict[str, TensorFile]:
 
 def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> nn.Module:
     """The projector whose keys these are, with the widths that these tensors have."""
-    if "query" in state:
+    if state.keys() & {"query", "kv_proj.weight"}:
         width, vis_dim = _matrix(state, "kv_proj.weight")
         grid = _query_grid(state)
         return PerceiverProjector(vis_dim, width, query_grid=grid, num_heads=num_heads)
