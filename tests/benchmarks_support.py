@@ -26,11 +26,13 @@ def small_group(task="linear_layer_norm", batch=2, dtype="fp32", modes=cases.MOD
     return cases.Group(cases.TASKS[task], shape, modes, compiled=False)
 
 
-def use_small_set(monkeypatch, count=3):
-    """Make ``smoke`` a few groups of one quick task."""
+def use_small_set(monkeypatch, count=3, *, draws=False):
+    """Make ``smoke`` a few groups of one quick task; plots, which take longer, on request."""
     found = [small_group(batch=batch) for batch in range(1, count + 1)]
     monkeypatch.setattr("benchmarks.report.groups", lambda name: found)
     monkeypatch.setattr("benchmarks.report.Ceilings", FixedCeilings)
+    if not draws:
+        monkeypatch.setattr("benchmarks.plots.draw", lambda results, folder: [])
 
 
 def add(monkeypatch, task, name, build, **options):

@@ -23,7 +23,7 @@ def run(folder, *arguments):
 
 def test_csv_report_and_plots(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    use_small_set(monkeypatch)
+    use_small_set(monkeypatch, draws=True)
     assert run(tmp_path) == 0
     names = {path.name for path in tmp_path.iterdir()}
     kinds = ("speed_up_over_fair", "share_of_floor", "memory")
@@ -201,7 +201,7 @@ def test_tables_keep_their_columns():
 
 
 def test_without_rich_and_matplotlib(monkeypatch, tmp_path, capsys):
-    use_small_set(monkeypatch, 1)
+    use_small_set(monkeypatch, 1, draws=True)
     for name in ("matplotlib", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)
     assert run(tmp_path) == 0
