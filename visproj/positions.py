@@ -111,7 +111,7 @@ def grid_of(tokens: int, grid: Grid | None) -> Grid:
             not a square number, or if there are no tokens.
     """
     if not tokens:
-        raise InputError("there are no visual tokens (CLS removed): at least 1 is needed per image")
+        raise InputError("0 visual tokens (CLS removed): an image needs at least one")
     if grid is None:
         side = int(math.sqrt(tokens))  # exact for squares, and what torch.compile can trace
         if side * side != tokens:

@@ -68,7 +68,7 @@ def test_no_tokens(kind, backend, device):
     with use_backend(backend):
         if kind == "perceiver":
             for tokens in (x, inputs((2,), device, tokens=1)):
-                with pytest.raises(ValueError, match=r"no visual tokens \(CLS removed\)"):
+                with pytest.raises(ValueError, match=r"0 visual tokens \(CLS removed\)"):
                     projector(tokens)
             return
         out = projector(x)
