@@ -18,7 +18,8 @@ def ttsem_session():
     try:
         from sanitizer.session import session
     except ImportError as error:
-        pytest.fail(f"{error}: {NEEDS['sanitizer'][1]}", pytrace=False)
+        message = f"{error}: {NEEDS['sanitizer'][1]}"
+        raise pytest.fail.Exception(message, pytrace=False) from None
     if triton.knobs.runtime.interpret:
         pytest.fail(
             "kernels are interpreted here; without TRITON_INTERPRET: pytest -m sanitizer",
