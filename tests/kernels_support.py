@@ -1,11 +1,11 @@
 """What the kernel tests share: small tiles, layouts, fp64 oracles and the bounds on errors."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from helpers import rms_error
+from rounding import largest, rms, roundings, within
 
 from visproj.ops import cross_attention
 from visproj.reference.cross_attention import cast_mask
@@ -16,10 +16,6 @@ STYLES = ("pointers", "descriptors")
 # The dimension sizes around a block of 32: one, block - 1, block, block + 1, a prime, several.
 EDGES = (1, 31, 32, 33, 37, 97)
 
-# What is allowed beside PyTorch's own error, relative to the largest value: PyTorch's may happen
-# to be 0, for instance where a sum has one term. 16 bits: the one rounding of the result, eps / 2,
-# can fall to the other side. fp32: sums of up to 4096 terms in another order.
-FLOOR = {torch.float32: 8 * 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 RMS = 0.005  # DESIGN's contract for 16 bits, bf16 rounding alone giving 0.0017
 
 
@@ -180,7 +176,7 @@ def evaluate(function, tensors, upstream):
     return [out.detach(), *torch.autograd.grad(out, given, upstream)]
 
 
-def check_op(op, oracle, tensors, *, eager=None, upstream=None, rms=RMS):
+def check_op(op, oracle, tensors, *, eager=None, upstream=None):
     """The operation through the kernels, forward and with random upstream gradients backward.
 
     Args:
@@ -189,7 +185,6 @@ def check_op(op, oracle, tensors, *, eager=None, upstream=None, rms=RMS):
         tensors: Its inputs, ``None`` among them; all must come out unchanged.
         eager: What the error is compared with; ``op`` on the torch backend if None.
         upstream: The gradient to start from.
-        rms: Bound on the relative rms error in 16 bits.
     """
     given = [t for t in tensors if t is not None]
     dtype, before = given[0].dtype, [t.clone() for t in given]
@@ -197,30 +192,42 @@ def check_op(op, oracle, tensors, *, eager=None, upstream=None, rms=RMS):
     if upstream is None:
         shape = oracle(*exact).shape
         upstream = random(*shape, dtype=dtype, device=given[0].device)
-    truth = evaluate(oracle, exact, upstream.double())
     wanted = evaluate(eager or partial(op, backend="torch"), tensors, upstream)
     got = evaluate(partial(op, backend="triton"), tensors, upstream)
     names = ["output", *(f"gradient {i}" for i, t in enumerate(tensors) if t is not None)]
-    for i, name in enumerate(names):
-        check_error(got[i], wanted[i], truth[i], factor=3 if i else 2, name=name, rms=rms)
+    check_errors(got, wanted, lambda: evaluate(oracle, exact, upstream.double()), names)
     assert all(map(torch.equal, given, before)), "an input was modified"
     return got
 
 
-def check_error(got, eager, truth, *, factor, name="result", rms=RMS):
-    """At most ``factor`` times the error of PyTorch in the same dtype, plus the floor above."""
-    assert got.shape == truth.shape
-    assert got.dtype == eager.dtype
-    if not truth.numel():
-        return
-    error, accepted = ((t.double() - truth).abs().max().item() for t in (got, eager))
-    scale = truth.abs().max().item()
-    allowed = factor * accepted + FLOOR[got.dtype] * scale
-    assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {accepted:.3g}, of {scale:.3g}"
-    # Of a few numbers that are sums of many, one that nearly cancels decides.
-    if got.dtype != torch.float32 and scale and truth.numel() >= 16:
-        relative = rms_error(got, truth)
-        assert relative <= rms, f"{name}: rms error {relative:.3g}"
+def check_errors(got, eager, formula, names=("output",)):
+    """Two bounds on each result: PyTorch's error in the same dtype, and in 16 bits RMS.
+
+    PyTorch's may happen to be 0: so the largest result may be rounded to its other neighbour, eps.
+    Where sums are smaller than their terms, neither measures what rounding does: see ``within``.
+
+    Args:
+        got: What the kernels gave.
+        eager: What PyTorch gives in the same dtype.
+        formula: Computes the same in fp64.
+        names: Of the results; "output" may have twice PyTorch's error, gradients three times.
+    """
+    truth, moved = formula(), cache(lambda: roundings(formula, got[0].dtype))
+    for i, name in enumerate(names):
+        assert got[i].shape == truth[i].shape
+        assert got[i].dtype == eager[i].dtype
+        if not truth[i].numel():
+            continue
+
+        def scale(i=i):
+            return moved()[i]
+
+        error, accepted = (t.double() - truth[i] for t in (got[i], eager[i]))
+        allowed = (2 if name == "output" else 3) * largest(accepted)
+        allowed += torch.finfo(got[i].dtype).eps * largest(truth[i])
+        within(largest, error, allowed, scale, f"{name}, PyTorch {largest(accepted):.3g} off")
+        if got[i].dtype != torch.float32:
+            within(rms, error, RMS * rms(truth[i]), scale, f"rms of {name}")
 
 
 def attention_operands(B, Q, L, H, d, dtype, device, *, shared=True, packed=True):
@@ -231,7 +238,7 @@ def attention_operands(B, Q, L, H, d, dtype, device, *, shared=True, packed=True
 
 
 def check_attention(
-    tensors, attn_mask=None, key_padding_mask=None, *, explicit=False, upstream=None, rms=RMS
+    tensors, attn_mask=None, key_padding_mask=None, *, explicit=False, upstream=None
 ):
     """Against fp64; ``explicit``: judged by the formula in the same dtype instead of SDPA."""
     q, k = tensors[:2]
@@ -246,7 +253,7 @@ def check_attention(
         return attention_oracle(q, keys, values, None if mask is None else mask.to(q.dtype))
 
     eager = oracle if explicit else None
-    return check_op(op, oracle, tensors, eager=eager, upstream=upstream, rms=rms)
+    return check_op(op, oracle, tensors, eager=eager, upstream=upstream)
 
 
 def dense_mask(attn_mask, key_padding_mask, batch, heads, dtype):

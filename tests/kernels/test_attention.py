@@ -7,7 +7,6 @@ import torch
 from kernels_support import (
     DTYPES,
     LAYOUTS,
-    RMS,
     STYLES,
     attention_operands,
     cases,
@@ -54,9 +53,7 @@ LARGER = [
 )
 def test_shapes(B, Q, L, H, d, style, dtype, tiles, device):
     ran = tiles(style)
-    # A single column of values has one mean, which may lie near zero.
-    rms = RMS if d > 1 else math.inf
-    check_attention(attention_operands(B, Q, L, H, d, DTYPES[dtype], device), rms=rms)
+    check_attention(attention_operands(B, Q, L, H, d, DTYPES[dtype], device))
     assert ran == {style}
 
 

@@ -46,15 +46,14 @@ def test_huge_logits(size, masked, dtype, tiles, device):
     tiles()
     q, kv = attention_operands(*SHAPE, DTYPES[dtype], device)
     mask = torch.zeros(37, 45, device=device).masked_fill(torch.eye(37, 45).bool().to(device), 1.0)
-    # True gradients of q and k are sums of almost nothing: no bound relative to those.
-    check_attention([q * size, kv], mask if masked else None, rms=math.inf)
+    check_attention([q * size, kv], mask if masked else None)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_huge_masks(dtype, tiles, device):
     tiles()
     tensors = attention_operands(*SHAPE, DTYPES[dtype], device)
-    check_attention(tensors, 1e4 * torch.randn(37, 45).to(device), rms=math.inf)
+    check_attention(tensors, 1e4 * torch.randn(37, 45).to(device))
 
 
 @pytest.mark.parametrize("operand", ["q", "k", "v"])
@@ -64,8 +63,7 @@ def test_outlier_channels(operand, dtype, tiles, device):
     tiles()
     tensors = attention_operands(*SHAPE, DTYPES[dtype], device, packed=False)
     tensors["qkv".index(operand)][..., 3] *= 40
-    # A softmax that is almost one key: the gradients of q and k nearly cancel in every dtype.
-    check_attention(tensors, rms=0.005 if operand == "v" else math.inf)
+    check_attention(tensors)
 
 
 SPOILED = [
@@ -167,8 +165,10 @@ def test_an_image_does_not_depend_on_the_batch(style, tiles, device):
 
 
 def test_one_key_gets_everything(tiles, device):
+    """Values are integers, so that sums are exact in any order and the gradients of scores 0."""
     tiles()
     q, k, v = attention_operands(2, 37, 1, 2, 24, torch.bfloat16, device, packed=False)
+    v = v.round()
     out, dq, dk, dv = run([q, k, v], ones := torch.ones(2, 37, 2, 24).to(q))
     assert torch.equal(out, v.expand(-1, 37, -1, -1))
     assert torch.equal(dv[:, 0], ones.sum(1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_support import DTYPES, LAYOUTS, STYLES, cases, check_error, odd_rows, random
+from kernels_support import DTYPES, LAYOUTS, STYLES, cases, check_errors, odd_rows, random
 
 kernels = pytest.importorskip("visproj.kernels.linear_backward", reason="kernels need triton")
 
@@ -23,13 +23,10 @@ def formula(grad, x, mean=None, rstd=None, gain=None, shift=None):
 def check(grad, x, *, bias=True, **norm):
     got = kernels.linear_bwd_weight(grad, x, bias=bias, **norm)
     exact = {name: t.double() for name, t in norm.items()}
-    truth = formula(grad.double(), x.double(), **exact)
+    names = ["dweight", "dbias"] if bias else ["dweight"]
     wanted = formula(grad, x, **norm)
-    check_error(got[0], wanted[0], truth[0], factor=3, name="dweight")
-    if bias:
-        check_error(got[1], wanted[1], truth[1], factor=3, name="dbias")
-    else:
-        assert got[1] is None
+    check_errors(got, wanted, lambda: formula(grad.double(), x.double(), **exact), names)
+    assert bias or got[1] is None
     return got
 
 

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from helpers import randomise, rms_error
 from PIL import Image
 from qwen_vl.checkpoints import CONFIG
 from qwen_vl.oracle import encode_ref
+from rounding import rms, roundings, within
 from torch import nn
 from transformers import CLIPImageProcessor
 
@@ -79,15 +81,22 @@ def test_oracle_sees_the_interleaving():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision(dtype):
-    """At most three times as far from fp64 as the oracle's own steps taken in the same dtype.
+    """At most twice as far from fp64 as the oracle's own steps taken in the same dtype.
 
-    In fp32 the CPU's kernels for convolution and products alone account for 2.3 times.
+    A CPU's kernels for convolution and products may sum up in a better order for the one than for
+    the other, so what rounding moves the result is allowed as well.
     """
     encoder = make_encoder(MEDIUM).to(dtype)
     images = pixels(8, 8, dtype=dtype)
     got, truth = encoder(images.float()), oracle(encoder, images)
     assert got.dtype == dtype
-    assert rms_error(got, truth) <= 3 * rms_error(oracle(encoder, images, dtype), truth)
+    accepted = oracle(encoder, images, dtype) - truth
+    within(rms, got - truth, 2 * rms(accepted), lambda: moved(encoder, images, dtype), "features")
+
+
+def moved(encoder, images, dtype):
+    """How far rounding moves the features."""
+    return roundings(lambda: [oracle(encoder, images)], dtype)[0]
 
 
 def test_empty_batch():
@@ -260,7 +269,9 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = encoder(images)
     truth = oracle(encoder, images)
-    assert rms_error(got, truth) <= 2 * rms_error(oracle(encoder, images, torch.bfloat16), truth)
+    accepted = oracle(encoder, images, torch.bfloat16) - truth
+    scale = partial(moved, encoder, images, torch.bfloat16)
+    within(rms, got - truth, 2 * rms(accepted), scale, "features")
 
 
 def test_from_a_photograph_to_the_language_model(tmp_path):

@@ -1,0 +1,5 @@
+"""The tests of ``pytest -m quick``."""
+
+QUICK = {
+    "test_positions.py": "all",
+}
