@@ -429,7 +429,8 @@ def test_words_and_weights_reach_the_figure(loaded, monkeypatch, out, photo, tmp
     monkeypatch.setattr(module, "answer_attention_figure", lambda *given: drawn.extend(given))
     monkeypatch.setattr(module, "save_figure", lambda figure, path: None)
     text = run_chat(ChatOptions(out, [photo], attention=tmp_path / "a.png", max_new_tokens=30))
-    crop, words, weights, grid, kind = drawn
+    crop, words, weights, grid, kind, name = drawn
+    assert name == photo.name
     assert (crop.size, grid, kind) == ((16, 16), (4, 4), "baseline")
     assert "".join(words) == "".join(text.split())
     torch.testing.assert_close(weights.sum(1), torch.ones(len(words)))

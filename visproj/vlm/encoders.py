@@ -17,6 +17,7 @@ from visproj.errors import InputError
 from visproj.files import check_weight_files, read_json_object
 from visproj.qwen_vl.config import MODEL_TYPE
 from visproj.vlm.bundled import bundled_file
+from visproj.vlm.photographs import Photograph
 from visproj.vlm.preprocessing import FILE, Preprocessing, read_preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -178,6 +179,8 @@ class TransformersEncoder(VisionEncoder):
             )
         _check_json(folder, FILE)
         if folder.is_dir():
+            if not any((folder / name).is_file() for name in (FILE, "processor_config.json")):
+                raise InputError(f"the encoder directory {id_or_dir} has no {FILE}")
             check_weight_files(folder)
         recipe, _ = _load(ImageProcessingMixin.get_image_processor_dict, id_or_dir)
         self.name = id_or_dir
@@ -295,3 +298,13 @@ def load_encoder(id_or_dir: str | None = None) -> VisionEncoder:
         ConnectionError, ValueError, ModuleNotFoundError: As the two classes say.
     """
     return OfflineEncoder() if id_or_dir is None else TransformersEncoder(id_or_dir)
+
+
+def cropped_notes(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> list[str]:
+    """A line for each photograph of which the encoder sees less than half."""
+    parts = [(photograph, encoder.seen_part(photograph.size)) for photograph in photographs]
+    return [
+        f"{photograph.path.name}: the encoder sees only the middle {100 * part:.2g} % of it"
+        for photograph, part in parts
+        if part < 0.5
+    ]
