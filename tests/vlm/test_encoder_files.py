@@ -1,4 +1,4 @@
-"""Encoder directories that are incomplete or ask for something else than a resized centre square."""
+"""Encoder directories that are incomplete, and what their files ask for."""
 
 import json
 
@@ -52,7 +52,7 @@ REFUSED = {
     "image_std": [None, [0.0, 1, 1], [-1, 1, 1], [True, 1, 1]],
     "crop_size": [0, -1, True, 3.5, "32", [32, 32], {"height": 32}, {"height": 32, "width": 16}],
     "size": [31, {"height": 40, "width": 40}, {"shortest_edge": [32]}, {"longest_edge": 40}, "40"],
-    "resample": [6, -1, "bicubic", [], True],
+    "resample": [99, -1, "bicubic", [], True],
     "rescale_factor": [0, -1.0, float("inf"), "1/255", True],
     "do_resize": [False, "no", 1],
     "do_center_crop": [False],
@@ -65,9 +65,7 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_settings_that_are_refused(key):
     for value in REFUSED[key]:
-        with pytest.raises(
-            InputError, match=rf"^preprocessor_config\.json of the encoder E: {key}"
-        ):
+        with pytest.raises(InputError, match=rf"^preprocessor_config\.json .* E: {key}"):
             read(**{key: value})
 
 

@@ -66,7 +66,7 @@ def read_preprocessing(values: Mapping[str, Any], encoder: str, image_size: int)
         raise refuse("size", f"wanted a shortest_edge of at least {crop}")
     resample = given.get("resample", Image.Resampling.BICUBIC)
     if type(resample) is bool or resample not in list(Image.Resampling):
-        raise refuse("resample", "wanted a number from 0 to 5")
+        raise refuse("resample", "wanted the number of a Pillow filter")
     factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
     if not _is_number(factor) or factor <= 0:
         raise refuse("rescale_factor", "wanted a positive number")
