@@ -438,7 +438,7 @@ def main(
         more = (f"{row.shared / 1024:.0f}", row.blocks, matrix or "", row.seconds, "; ".join(wrong))
         table.add_row(*map(str, (*cells, *more)))
     if out is not None:
-        out.write_text("\n".join(lines))
+        out.write_text("\n".join(lines), encoding="utf-8")
     Console(width=200).print(table)
     print(f"triton {triton.__version__}: {len(selected)} compiled, {failed} with complaints")
     raise typer.Exit(1 if failed else 0)

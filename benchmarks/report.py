@@ -254,7 +254,7 @@ def write_report(path: Path, old: Results | None) -> str:
         print(f"no plots: {missing}", flush=True)
         pictures = []
     text = markdown(results, old, pictures)
-    (path.parent / "report.md").write_text(text)
+    (path.parent / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "results.csv"
     if done:
         if options.from_csv.resolve() != path.resolve():
-            path.write_text(options.from_csv.read_text())
+            path.write_text(options.from_csv.read_text(encoding="utf-8"), encoding="utf-8")
     else:
         run(
             options.set,

@@ -91,7 +91,7 @@ class Writer:
     """Writes rows as they come, so that a run that ends early leaves what it had."""
 
     def __init__(self, path: Path, notes: dict[str, str]) -> None:
-        self._file = path.open("w", newline="")
+        self._file = path.open("w", encoding="utf-8", newline="")
         for name, text in notes.items():
             self.note(name, text)
         self._csv = csv.DictWriter(self._file, [field.name for field in fields(Row)])
@@ -127,7 +127,7 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: If the file has other columns.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
     table = csv.DictReader(line for line in lines if not line.startswith("# "))
     if set(table.fieldnames or ()) != set(_TYPES):
@@ -218,7 +218,7 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"

@@ -15,6 +15,7 @@ from vlm.tiny import (
 )
 
 from visproj import cli
+from visproj.errors import InputError
 from visproj.vlm import chat as module
 from visproj.vlm.chat import (
     Answer,
@@ -118,6 +119,25 @@ def test_answer_is_streamed(loaded, out, tmp_path, images):
     text = run_chat(ChatOptions(out, paths, max_new_tokens=20), write=pieces.append)
     assert "".join(pieces) == text == generated(images, max_new_tokens=20)
     assert len(pieces) > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": []}, "there is no image to chat about"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(loaded, out, photo, changes, message):
+    with pytest.raises(InputError, match=message):
+        run_chat(ChatOptions(**{"projector": out, "images": [photo], **changes}))
+    assert loaded == []
+
+
+def test_a_panorama_is_noted(loaded, out, tmp_path, caplog):
+    tiny_photograph().resize((90, 30)).save(tmp_path / "wide.png")
+    run_chat(ChatOptions(out, [tmp_path / "wide.png"], max_new_tokens=1))
+    assert caplog.messages == ["wide.png: the encoder sees only the middle 33 % of it"]
 
 
 def test_command_writes_the_answer_and_nothing_else(loaded, run, out, photo):

@@ -136,3 +136,34 @@ def test_saved_bytes_depend_on_the_figure_alone(tmp_path):
     assert first == second
     assert b"tEXt" not in first
     assert b"tIME" not in first
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("$x_1$ {0}.jpg", "$x_1$ {0}.jpg"),
+        ("a\nb\udcff.jpg", "a?b?.jpg"),
+        ("x" * 60 + ".jpg", "…" + "x" * 35 + ".jpg"),
+    ],
+)
+def test_titles_have_the_name_of_the_file(photo, tmp_path, name, shown):
+    maps = torch.full((1, 256, 16), 1 / 16)
+    figures = [
+        features_figure(photo, np.zeros((16, 3)), (4, 4), "an encoder", name),
+        attention_figure(photo, maps, (4, 4), name),
+        answer_attention_figure(photo, ["a"], maps[0, :1], (4, 4), "vit", name),
+    ]
+    for number, figure in enumerate(figures):
+        assert shown in figure.get_suptitle()
+        save_figure(figure, tmp_path / f"{number}.png")
+
+
+def test_a_picture_stays_if_the_new_one_cannot_be_drawn(tmp_path):
+    save_figure(positions_figure(64), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    broken = positions_figure(64)
+    broken.savefig = lambda *given, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        save_figure(broken, tmp_path / "a.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

@@ -1,12 +1,16 @@
 import re
+import sys
 from dataclasses import replace
 from io import StringIO
 
+import pytest
 from rich.console import Console
 from vlm.training_models import REPORT
 
+from visproj.vlm import progress as progress_module
 from visproj.vlm.loop import Step, TrainingRun
 from visproj.vlm.progress import TrainingProgress, render_report
+from visproj.vlm.training import peak_mib
 
 
 def rendered(report):
@@ -46,3 +50,45 @@ def test_the_progress_shows_the_mean_of_the_last_steps():
     assert re.search(r"encoding .* 1/2 ", text)
     # Steps 3 to 12.
     assert re.search(r"training .* 12/12 .* loss 7\.500, 15\.00 images/s, held-out 8\.500", text)
+
+
+def test_without_a_terminal_a_line_now_and_then(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    console = Console(file=StringIO(), width=40)
+    steps = [Step(n, 1, 4.0, 1e-3, 1.0, 2.0) for n in range(1, 101)]
+    with TrainingProgress(console) as progress:
+        progress.stage("loading", 0)
+        now = 12.0
+        progress.stage("encoding", 3)
+        for now in (13.0, 21.0, 23.0):
+            progress.advance()
+        progress.stage("training", 0)
+        for step in steps:
+            now += 4.0
+            progress.on_step(step, TrainingRun(steps[: step.step], [(0, 9.0)], 100))
+    lines = console.file.getvalue().splitlines()
+    assert lines[:2] == ["encoding", "encoding: 3/3"]
+    assert len(lines) == 2 + 400 // 12 + 1
+    want = r"training: 3/100, loss 4\.000, 2\.00 images/s, held-out 9\.000(, .* left)?"
+    assert re.fullmatch(want, lines[2])
+    assert lines[-1].startswith("training: 100/100, loss 4.000")
+
+
+def test_nothing_but_the_error_of_a_short_run(monkeypatch):
+    console = Console(file=StringIO())
+
+    def fail():
+        with TrainingProgress(console) as progress:
+            progress.stage("loading", 0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert console.file.getvalue() == ""
+
+
+def test_a_system_that_does_not_say_the_memory(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_mib() is None
+    assert "peak memory" not in rendered(replace(REPORT, peak_mib=peak_mib()))

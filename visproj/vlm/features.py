@@ -81,14 +81,14 @@ class FeatureCache:
             file.parent.mkdir(parents=True, exist_ok=True)
             if not self._pruned:
                 self._pruned = True
-                prune(file.parent)
+                prune(file.parent, LIMIT)
             with replacing(file) as partial:
                 write_safetensors(partial, entries_of({"features": features}))
         except OSError as error:
             logger.debug("features are not kept: %s", error)
 
 
-def prune(folder: Path, limit: int = LIMIT) -> None:
+def prune(folder: Path, limit: int) -> None:
     """Remove the files that were not used for longest, until those left have ``limit`` bytes.
 
     Other processes may use the folder at the same time: a file that is gone is computed again.
