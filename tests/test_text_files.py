@@ -18,7 +18,7 @@ def without_encoding(tree):
         modes = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
         binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
         owner = getattr(getattr(call.func, "value", None), "id", "")
-        opens = name in ("open", "fdopen", "NamedTemporaryFile") and owner not in ("os", "Image")
+        opens = name in ("open", "fdopen") and owner not in ("os", "Image")
         if name in ("read_text", "write_text") or (opens and not binary):
             yield call.lineno
 

@@ -61,8 +61,11 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch):
         progress.stage("loading", 0)
         now = 12.0
         progress.stage("encoding", 3)
-        for now in (13.0, 21.0, 23.0):
-            progress.advance()
+        progress.advance()
+        now = 21.0
+        progress.advance()
+        now = 23.0
+        progress.advance()
         progress.stage("training", 0)
         for step in steps:
             now += 4.0

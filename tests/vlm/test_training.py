@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -272,9 +273,25 @@ def test_a_folder_that_is_a_file(models, data, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_no_home_directory(models, data, tmp_path, monkeypatch, finished):
+    """A cache that there is no place for costs time, never the run."""
+    for name in ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "VISPROJ_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no entry of the user either
+    with pytest.raises(RuntimeError):
+        Path.home()
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        models.encoder.batches.clear()
+        report = run_training(options(tmp_path / name, data), SETTINGS)
+        assert sum(models.encoder.batches) == 3 * (VIEWS + HELD_OUT)
+        assert numbers(report) == numbers(finished.report)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "first", "second"}
+
+
 def test_one_of_several_processes(models, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="training runs in one process, .* 2 "):
+    with pytest.raises(InputError, match=r"training runs in one process, .* 2 "):
         run_training(options(tmp_path / "out", data), SETTINGS)
     assert models.loaded == []
     assert not (tmp_path / "out").exists()
