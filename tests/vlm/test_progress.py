@@ -71,10 +71,10 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch):
             now += 4.0
             progress.on_step(step, TrainingRun(steps[: step.step], [(0, 9.0)], 100))
     lines = console.file.getvalue().splitlines()
-    assert lines[:2] == ["encoding", "encoding: 3/3"]
-    assert len(lines) == 2 + 400 // 12 + 1
+    assert lines[:3] == ["encoding", "encoding: 3/3", "training"]
+    assert len(lines) == 3 + 400 // 12 + 1
     want = r"training: 3/100, loss 4\.000, 2\.00 images/s, held-out 9\.000(, .* left)?"
-    assert re.fullmatch(want, lines[2])
+    assert re.fullmatch(want, lines[3])
     assert lines[-1].startswith("training: 100/100, loss 4.000")
 
 

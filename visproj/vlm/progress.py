@@ -19,8 +19,8 @@ from visproj.vlm.training import TrainingReport
 class TrainingProgress:
     """One bar at a time, for ``run_training``'s callbacks; training shows loss and images/s.
 
-    Where the console is not a terminal, it gets a plain line every 10 s instead, and one when the
-    training is complete.
+    Where the console is not a terminal, it gets a plain line every 10 s instead, from then on one
+    as each stage begins, and one when the training is complete.
     """
 
     SECONDS = 10.0  # between two plain lines
@@ -29,6 +29,7 @@ class TrainingProgress:
         self._console = console
         self._plain = not console.is_terminal or console.is_dumb_terminal
         self._printed = time.monotonic()
+        self._long = False  # enough for a first line
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,7 +64,7 @@ class TrainingProgress:
         """Begin a stage; ``total`` 0 means unknown."""
         self._bars.stop_task(self._task)
         self._task = self._bars.add_task(name, total=total or None, note="")
-        self._print_line()
+        self._print_line(at_once=self._long)
 
     def advance(self) -> None:
         """One part of the stage is done."""
@@ -89,7 +90,7 @@ class TrainingProgress:
         now = time.monotonic()
         if not self._plain or (now - self._printed < self.SECONDS and not at_once):
             return
-        self._printed = now
+        self._printed, self._long = now, True
         (task,) = (task for task in self._bars.tasks if task.id == self._task)
         line = task.description
         if task.completed and task.total:
