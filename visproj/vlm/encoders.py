@@ -83,8 +83,11 @@ class VisionEncoder(ABC):
         return self.normalise([self.crop(image) for image in images])
 
     def normalise(self, crops: Sequence[Image.Image]) -> torch.Tensor:
-        """The pixels of :meth:`preprocess` from what :meth:`crop` gave, at least one."""
-        values = np.stack([np.asarray(crop, dtype=np.float32) for crop in crops])
+        """The pixels of :meth:`preprocess` from what :meth:`crop` gave."""
+        side = self.config.image_size
+        values = np.empty((len(crops), side, side, 3), dtype=np.float32)
+        for pixels, crop in zip(values, crops, strict=True):
+            pixels[:] = np.asarray(crop)
         mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         return ((torch.from_numpy(values) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visproj.errors import InputError
 from visproj.files import entries_of, replacing, write_safetensors
 from visproj.vlm.encoders import VisionEncoder
 
@@ -49,13 +48,11 @@ class FeatureCache:
 
         Images are taken one at a time, and of each only what the encoder sees is kept. Where the
         folder cannot be written, the features are computed all the same.
-
-        Raises:
-            InputError: There are no images.
         """
         crops = [self.encoder.crop(image) for image in images]
         if not crops:
-            raise InputError("no images to encode")
+            rows, columns = self.encoder.grid
+            return torch.zeros(0, 1 + rows * columns, self.encoder.config.hidden_size)
         files = [self._file(crop) for crop in crops]
         found = [_read(file) for file in files]
         missing = [index for index, features in enumerate(found) if features is None]
