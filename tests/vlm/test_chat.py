@@ -234,7 +234,7 @@ def attention_over_two_images(out, photo):
 
 
 def unknown_backend(out, photo):
-    return ["--backend", "cuda"], "must be one of auto, triton, torch, got 'cuda'"
+    return ["--backend", "cuda"], "'cuda'"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,8 @@ def test_refused_before_the_language_model_is_loaded(loaded, run, monkeypatch, o
     arguments, message = case(out, photo)
     images = [] if case is missing_image else ["--image", photo]
     status, stdout, stderr = run("--projector", out, *images, *arguments)
-    assert (status, stdout) == (1, "")
+    assert status in (1, 2)  # 2 for what the parser of the arguments refuses
+    assert stdout == ""
     assert stderr.startswith("error: ")
     assert message in stderr
     assert stderr.count("\n") == 1

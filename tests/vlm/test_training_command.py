@@ -124,29 +124,33 @@ def test_a_run_from_the_command_line(run, models, data, tmp_path):
 def fails(run, *arguments):
     """The one line on stderr of a command that fails."""
     status, stdout, stderr = run(*arguments)
-    assert (status, stdout) == (1, "")
+    assert status in (1, 2)  # 2 for what the parser of the arguments refuses
+    assert stdout == ""
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
     return stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        (["--kind", "q-former"], "unknown kind 'q-former', choose from baseline, vit, perceiver"),
-        (["--dtype", "float16"], "dtype must be bfloat16 or float32, got 'float16'"),
-        (["--backend", "cuda"], "must be one of auto, triton, torch, got 'cuda'"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["--batch", "-1"], "batch must be at least 1, got -1"),
-        (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
-        (["--learning-rate", "nan"], "learning_rate must be positive and finite, got nan"),
-        (["--seed", str(2**64)], "seed must be at least 0 and less than 2**63"),
-        (["--resume"], "holds no training run to resume"),
+        (["--kind", "q-former"], ["kind", "'q-former'", "baseline", "vit", "perceiver"]),
+        (["--dtype", "float16"], ["dtype", "'float16'", "bfloat16", "float32"]),
+        (["--backend", "cuda"], ["'cuda'", "auto", "triton", "torch"]),
+        (["--epochs", "0"], ["epochs", "0"]),
+        (["--batch", "-1"], ["batch", "-1"]),
+        (["--accumulate", "0"], ["accumulate", "0"]),
+        (["--queries", "0"], ["queries", "0"]),
+        (["--learning-rate", "nan"], ["rate", "nan"]),
+        (["--learning-rate", "inf"], ["rate", "inf"]),
+        (["--seed", str(2**64)], ["seed"]),
+        (["--resume"], ["holds no training run to resume"]),
     ],
 )
-def test_bad_options_are_one_line(run, models, data, tmp_path, arguments, message):
+def test_bad_options_are_one_line(run, models, data, tmp_path, arguments, parts):
     out = tmp_path / "out"
-    assert message in fails(run, "train", "--data", data, "--out", out, *arguments)
+    line = fails(run, "train", "--data", data, "--out", out, *arguments)
+    assert all(part in line for part in parts)
     assert models.loaded == []
     assert not out.exists()
 
@@ -188,7 +192,8 @@ def test_the_built_in_photographs_that_are_missing_are_one_line(run, tmp_path, m
         bundled, "find_spec", lambda name: None if name == "skimage" else find(name)
     )
     line = fails(run, "train", "--out", tmp_path / "out")
-    assert line == "error: training needs the package skimage: pip install 'visproj[train]'\n"
+    assert "the package skimage" in line
+    assert "pip install 'visproj[train]'" in line
 
 
 def test_tensorboard_that_is_missing_is_one_line(run, tmp_path, monkeypatch):
@@ -196,4 +201,5 @@ def test_tensorboard_that_is_missing_is_one_line(run, tmp_path, monkeypatch):
     for name in ("visproj.vlm.loop", "torch.utils.tensorboard"):
         monkeypatch.delitem(sys.modules, name)
     line = fails(run, "train", "--out", tmp_path / "out")
-    assert line == "error: training needs the package tensorboard: pip install 'visproj[train]'\n"
+    assert "the package tensorboard" in line
+    assert "pip install 'visproj[train]'" in line
