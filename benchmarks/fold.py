@@ -89,7 +89,9 @@ def own_peak_mib(name: str, batch: int) -> float:
     """
 
     def status(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        found = re.search(
+            rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")
+        )
         assert found
         return int(found[1])
 
@@ -97,7 +99,7 @@ def own_peak_mib(name: str, batch: int) -> float:
     module(inputs(1, CLIP_L, torch.float32))
     x = inputs(batch, CLIP_L, torch.float32)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = status("VmRSS")
     module(x)
     return (status("VmHWM") - before) / 1024

@@ -40,3 +40,19 @@ def fresh_event_names(monkeypatch):
     from tensorboard.summary.writer import event_file_writer
 
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """Tiny models in place of the real ones, in ``run_training`` alone."""
+    from vlm.training_models import Models
+
+    return Models(monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with three photographs and their captions."""
+    from vlm.training_models import write_data
+
+    return write_data(tmp_path / "data")

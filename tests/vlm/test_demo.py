@@ -1,7 +1,10 @@
+import os
+
 import pytest
 import torch
 from PIL import Image
 
+from visproj.errors import InputError
 from visproj.projectors import build_projector
 from visproj.vlm import demo as module
 from visproj.vlm.demo import compose, run_demo
@@ -21,6 +24,7 @@ def test_default_run(loaded, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert stages[0] == "loading the vision encoder"
     assert stages[-1] == "drawing"
+    assert report.notes == []
 
     seen = [(row.kind, row.parameters, row.tokens_in, row.tokens_out) for row in report.rows]
     assert seen == [
@@ -71,8 +75,9 @@ def test_the_seed_is_that_of_the_projector_alone(loaded, offline_encoder, langua
 
 def test_no_perceiver_no_attention(loaded, tmp_path):
     photo = tmp_path / "ramp.png"
-    Image.linear_gradient("L").save(photo)
+    Image.linear_gradient("L").resize((600, 256)).save(photo)
     report = run_demo([photo], kinds=["baseline"], out=tmp_path / "out")
+    assert report.notes == ["ramp.png: the encoder sees only the middle 43 % of it"]
     assert [row.kind for row in report.rows] == ["baseline"]
     assert sorted(path.name for path in report.pictures) == ["positions.png", "ramp-features.png"]
 
@@ -99,6 +104,23 @@ def test_bad_input_writes_nothing(loaded, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_demo(**options, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kinds": ["q-former"]}, {"seed": -1}, {"seed": 2**63}, {"prompt": "<image><image>"}],
+)
+def test_options_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, options):
+    monkeypatch.setattr(module, "load_encoder", pytest.fail)
+    with pytest.raises(InputError):
+        run_demo(**options, out=tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "load_encoder", pytest.fail)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=f"^cannot write {tmp_path / 'out'}: "):
+        run_demo(out=tmp_path / "out")
 
 
 def test_output_folder_that_is_a_file(tmp_path):

@@ -1,4 +1,6 @@
 import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from vlm.tiny import TinyEncoder, tiny_photograph
 
-from visproj.vlm.features import FeatureCache
+from visproj.vlm import features
+from visproj.vlm.features import FeatureCache, prune
 
 
 @pytest.fixture
@@ -119,8 +122,9 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path, photographs, monkeypatch, n
 
 def test_no_images(tmp_path):
     for folder in (None, tmp_path):
-        with pytest.raises(ValueError, match="no images"):
-            FeatureCache(TinyEncoder(), folder)([])
+        encoder = TinyEncoder()
+        assert FeatureCache(encoder, folder)([]).shape == (0, 17, 32)
+        assert encoder.preprocess([]).shape == (0, 3, 16, 16)
 
 
 def test_folder_that_is_a_file(tmp_path, photographs):
@@ -128,3 +132,71 @@ def test_folder_that_is_a_file(tmp_path, photographs):
     found = FeatureCache(TinyEncoder(), tmp_path / "taken")(photographs)
     assert torch.equal(found, FeatureCache(TinyEncoder())(photographs))
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def used_at(folder, **times):
+    """Files of 100 bytes each, last used at these seconds."""
+    folder.mkdir(exist_ok=True)
+    for name, second in times.items():
+        (folder / name).write_bytes(bytes(100))
+        os.utime(folder / name, (second, second))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_files_unused_for_longest_are_removed(tmp_path):
+    used_at(tmp_path, a=4, b=1, c=3, d=2)
+    prune(tmp_path, 400)
+    assert names(tmp_path) == ["a", "b", "c", "d"]
+    prune(tmp_path, 299)
+    assert names(tmp_path) == ["a", "c"]
+    prune(tmp_path, 0)
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_another_process_removes_or_holds(tmp_path, monkeypatch):
+    used_at(tmp_path, a=1, b=2, c=3)
+    unlink = Path.unlink
+
+    def busy(path):
+        if path.name == "b":
+            raise PermissionError
+        unlink(path)
+
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(Path, "unlink", busy)
+    prune(tmp_path, 100)
+    assert {"b", "c"} <= set(names(tmp_path))
+    assert "a" not in names(tmp_path)
+
+
+def test_old_features_go_before_new_ones_are_written(tmp_path, photographs, monkeypatch):
+    monkeypatch.setattr(features, "LIMIT", 150)
+    used_at(tmp_path, old=1, newer=2)
+    cache = FeatureCache(TinyEncoder(), tmp_path)
+    cache(photographs)
+    assert "newer" in names(tmp_path)
+    assert "old" not in names(tmp_path)
+    assert len(names(tmp_path)) == 4  # what this run wrote stays, however much it is
+    cache(photographs)
+    assert cache.encoder.batches == [3]
+
+
+def test_reading_counts_as_use(tmp_path, photographs):
+    FeatureCache(TinyEncoder(), tmp_path)(photographs[:1])
+    (file,) = tmp_path.iterdir()
+    os.utime(file, (1, 1))
+    cache = FeatureCache(TinyEncoder(), tmp_path)
+    cache(photographs[:1])
+    assert cache.encoder.batches == []
+    assert file.stat().st_mtime > 1e9
+
+
+def test_features_in_a_folder_of_someone_else_are_read(tmp_path, photographs, monkeypatch):
+    FeatureCache(TinyEncoder(), tmp_path)(photographs[:1])
+    monkeypatch.setattr(os, "utime", full)
+    cache = FeatureCache(TinyEncoder(), tmp_path)
+    cache(photographs[:1])
+    assert cache.encoder.batches == []

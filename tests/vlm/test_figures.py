@@ -51,7 +51,7 @@ def test_pca_colours_of_equal_patches_are_finite():
 
 def test_features_figure_shows_photo_and_map(photo):
     colours = np.linspace(0, 1, 4 * 4 * 3).reshape(16, 3)
-    figure = features_figure(photo, colours, (4, 4), "an encoder")
+    figure = features_figure(photo, colours, (4, 4), "an encoder", "a $b$.jpg")
     left, right = figure.axes
     np.testing.assert_array_equal(drawn(left)[0], np.asarray(photo))
     np.testing.assert_array_equal(drawn(right)[0], colours.reshape(4, 4, 3))
@@ -73,7 +73,7 @@ def test_positions_figure_peaks_at_the_marked_cells():
 
 def test_attention_figure_draws_the_mean_over_heads(photo):
     maps = torch.rand(2, 256, 16, generator=torch.Generator().manual_seed(2)).softmax(-1)
-    figure = attention_figure(photo, maps, (4, 4), cells=((0, 0), (1, 2)))
+    figure = attention_figure(photo, maps, (4, 4), "a.jpg", cells=((0, 0), (1, 2)))
     _, first, second, colour_bar = figure.axes
     for axis, row in ((first, 0), (second, 18)):
         grey, overlay = drawn(axis)
@@ -89,7 +89,7 @@ def test_attention_figure_draws_the_mean_over_heads(photo):
 
 def test_answer_attention_figure_has_a_panel_a_word(photo):
     weights = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)).softmax(-1)
-    figure = answer_attention_figure(photo, ["a", "$dog$"], weights, (4, 4), "perceiver")
+    figure = answer_attention_figure(photo, ["a", "$dog$"], weights, (4, 4), "perceiver", "a.jpg")
     first, *panels, colour_bar = figure.axes
     np.testing.assert_array_equal(drawn(first)[0], np.asarray(photo))
     assert [panel.get_title() for panel in panels] == ["a", "$dog$"]
@@ -109,12 +109,12 @@ def test_answer_attention_figure_has_a_panel_a_word(photo):
 def test_answer_attention_figure_says_what_it_leaves_out(photo):
     words = [f"word {index}" for index in range(29)] + ["w" * 50]
     weights = torch.full((30, 16), 1 / 16)
-    figure = answer_attention_figure(photo, words, weights, (4, 4), "vit")
+    figure = answer_attention_figure(photo, words, weights, (4, 4), "vit", "a.jpg")
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["photograph", *words[:12]]
     assert "The first 12 of 30 words." in figure.get_supxlabel()
     assert "the vit projector makes one a patch" in figure.get_supxlabel()
-    figure = answer_attention_figure(photo, words[29:], weights[29:], (4, 4), "vit")
+    figure = answer_attention_figure(photo, words[29:], weights[29:], (4, 4), "vit", "a.jpg")
     assert figure.axes[1].get_title() == "w" * 19 + "…"
 
 
@@ -123,7 +123,8 @@ def test_words_that_the_font_lacks_are_drawn_without_a_warning(photo, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_figure(
-            answer_attention_figure(photo, words, weights, (4, 4), "vit"), tmp_path / "a.png"
+            answer_attention_figure(photo, words, weights, (4, 4), "vit", "a.jpg"),
+            tmp_path / "a.png",
         )
     assert (tmp_path / "a.png").is_file()
 
@@ -135,3 +136,34 @@ def test_saved_bytes_depend_on_the_figure_alone(tmp_path):
     assert first == second
     assert b"tEXt" not in first
     assert b"tIME" not in first
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("$x_1$ {0}.jpg", "$x_1$ {0}.jpg"),
+        ("a\nb\udcff.jpg", "a?b?.jpg"),
+        ("x" * 60 + ".jpg", "…" + "x" * 35 + ".jpg"),
+    ],
+)
+def test_titles_have_the_name_of_the_file(photo, tmp_path, name, shown):
+    maps = torch.full((1, 256, 16), 1 / 16)
+    figures = [
+        features_figure(photo, np.zeros((16, 3)), (4, 4), "an encoder", name),
+        attention_figure(photo, maps, (4, 4), name),
+        answer_attention_figure(photo, ["a"], maps[0, :1], (4, 4), "vit", name),
+    ]
+    for number, figure in enumerate(figures):
+        assert shown in figure.get_suptitle()
+        save_figure(figure, tmp_path / f"{number}.png")
+
+
+def test_a_picture_stays_if_the_new_one_cannot_be_drawn(tmp_path):
+    save_figure(positions_figure(64), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    broken = positions_figure(64)
+    broken.savefig = lambda *given, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        save_figure(broken, tmp_path / "a.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

@@ -1,7 +1,6 @@
 import errno
+import math
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from vlm.training_runs import (
     weights,
 )
 
+from visproj.errors import InputError, NotFiniteError
 from visproj.vlm.loop import TrainingSettings, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,13 +77,13 @@ def test_killed_before_the_first_loss(tmp_path, uninterrupted):
 
 def test_a_process_killed_without_warning(tmp_path, uninterrupted):
     script = (
-        "import os, signal, sys, torch\n"
+        "import os, sys, torch\n"
         "from pathlib import Path\n"
         "from vlm.test_loop import fit\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         "def on_step(done, run):\n"
         "    if done.step == 5:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        os._exit(9)\n"
         "fit(Path(sys.argv[1]), 'perceiver-bfloat16', on_step=on_step)\n"
     )
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_a_process_killed_without_warning(tmp_path, uninterrupted):
         text=True,
         timeout=300,
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == 9, done.stderr
     assert len(torch.load(tmp_path / "resume.pt", weights_only=True)["steps"]) == 4
     time.sleep(1.1)  # TensorBoard orders its files by second, and a new process takes longer
     _, got = fit(tmp_path, "perceiver-bfloat16")
@@ -119,6 +119,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def full_disk(monkeypatch, way, name):
     """From the second time that ``name`` is written, the disk is full."""
     save, replace, times = torch.save, os.replace, []
+    resource = pytest.importorskip("resource") if way == "size limit" else None
 
     def failing_save(state, file):
         times.append(1)
@@ -222,7 +223,7 @@ def test_a_state_that_is_something_else(tmp_path, content):
 
 
 CHANGES = {
-    "epochs": 3,
+    "epochs": 1,
     "learning_rate": 1e-3,
     "batch": 3,
     "accumulate": 2,
@@ -255,6 +256,60 @@ def test_a_run_with_other_settings(stopped, name):
     options = {"identity": {"kind": "baseline"}}
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), random_data(), settings(**{name: after}), stopped, **options)
+
+
+def test_a_run_goes_on_for_more_epochs(tmp_path):
+    """Epochs that both runs have see the same data, each at the rates of its own run."""
+    short = train(tiny_model(), random_data(), settings(warmup=0), tmp_path)
+    model = tiny_model()
+    longer = train(model, random_data(), settings(epochs=4, warmup=0), tmp_path)
+    assert longer.steps[:STEPS] == short.steps
+    assert (longer.total, len(longer.steps)) == (2 * STEPS, 2 * STEPS)
+    whole = train(tiny_model(), random_data(), settings(epochs=4, warmup=0), tmp_path / "whole")
+    rates = [step.learning_rate for step in whole.steps]
+    assert [step.learning_rate for step in longer.steps[STEPS:]] == rates[STEPS:]
+    assert longer.steps[0].loss == whole.steps[0].loss
+    # What was trained for longer is a run of that length from now on, and no shorter one.
+    with pytest.raises(InputError, match=r"is of a run with epochs 4, not 3$"):
+        train(tiny_model(), random_data(), settings(epochs=3, warmup=0), tmp_path)
+    again = train(tiny_model(), random_data(), settings(epochs=4, warmup=0), tmp_path)
+    assert again.steps == longer.steps
+
+
+def test_a_killed_run_with_more_epochs_is_repeated_to_the_bit(tmp_path):
+    outcomes = []
+    for name, die in (("whole", 0), ("killed", 9)):
+        folder = tmp_path / name
+        train(tiny_model(), random_data(), settings(), folder)
+        if die:
+            with pytest.raises(KilledError):
+                train(tiny_model(), random_data(), settings(epochs=4), folder, on_step=dying(die))
+        model = tiny_model()
+        train(model, random_data(), settings(epochs=4), folder)
+        outcomes.append(weights(model))
+    assert equal(*outcomes)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_ctrl_c_says_what_is_kept(tmp_path, uninterrupted, kept):
+    def interrupt(step, run):
+        if step.step == kept + 1:
+            raise KeyboardInterrupt
+
+    kind = "the checkpoint of step 2 is kept, go on with --resume" if kept else "nothing is kept"
+    with pytest.raises(KeyboardInterrupt, match=f"^stopped at step {kept + 1}: {kind}$"):
+        fit(tmp_path, on_step=interrupt)
+    assert_same(fit(tmp_path)[1], uninterrupted("baseline-float32"))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite(tmp_path, at, value):
+    losses = iter([1.0] * at + [value])
+    with pytest.raises(NotFiniteError, match=f"^after step {3 * at}: .* held-out views is {value}"):
+        fit(tmp_path, evaluate=lambda: next(losses))
+    if at:
+        assert len(torch.load(tmp_path / "resume.pt", weights_only=True)["steps"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def contents(views):
 @settings(deadline=None)
 def test_training_views_are_square_crops_of_the_image(width, height, seed):
     image = coordinates(width, height)
-    views = training_views(image, 9, seed)
+    views = list(training_views(image, 9, seed))
     assert len(views) == 9
     shorter = min(width, height)
     for view in views:
@@ -104,10 +104,10 @@ def test_training_views_depend_on_seed_and_size_alone():
 def test_training_views_spread_over_sides_and_positions():
     # Corners along each axis, as parts of what the view's side leaves free.
     def corners(width, height, axis):
-        views = training_views(coordinates(width, height), 400, 0)[1:]
+        views = list(training_views(coordinates(width, height), 400, 0))[1:]
         return [view.getpixel((0, 0))[axis] / (200 - view.width) for view in views]
 
-    views = training_views(coordinates(200, 100), 400, 0)[1:]
+    views = list(training_views(coordinates(200, 100), 400, 0))[1:]
     sides = [view.width for view in views]
     assert {60, 100} <= set(sides)
     assert 75 not in sides  # the held-out corner crop has it
@@ -119,7 +119,7 @@ def test_training_views_spread_over_sides_and_positions():
 
 def test_global_random_states_are_left_alone():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    training_views(coordinates(9, 9), 9, 0)
+    list(training_views(coordinates(9, 9), 9, 0))
     held_out_views(coordinates(9, 9))
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert before == after

@@ -1,28 +1,25 @@
 """Photographs with captions: the caller's own folder, or the set that comes with visproj."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
 
 from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
-from visproj.vlm.photographs import free_name, read_rgb
+from visproj.vlm.photographs import Photograph, free_name, read_rgb
 
 CAPTIONS = "captions.jsonl"
 
 
-class CaptionedPhotograph(NamedTuple):
-    """An upright 8-bit RGB image, a name no other one of its list has, and what it shows."""
+@dataclass(frozen=True)
+class CaptionedPhotograph(Photograph):
+    """A photograph and what it shows."""
 
-    name: str
-    image: Image.Image
     captions: tuple[str, ...]
 
 
 def load_captions(folder: Path | None = None) -> list[CaptionedPhotograph]:
-    """Read ``captions.jsonl`` and every image it names.
+    """Read ``captions.jsonl`` and check that every image it names can be decoded.
 
     A line is ``{"image": "a.jpg", "captions": ["...", "..."]}``, or has ``caption`` with one text
     instead of ``captions``. Blank lines are skipped.
@@ -52,7 +49,8 @@ def load_captions(folder: Path | None = None) -> list[CaptionedPhotograph]:
             raise InputError(f"{where}: the image {path} was on line {line_of[path]} already")
         line_of[path] = number
         name = free_name(path.stem, {photograph.name for photograph in loaded})
-        loaded.append(CaptionedPhotograph(name, _read(folder, path, where), captions))
+        image, size = _check_image(folder, path, where)
+        loaded.append(CaptionedPhotograph(name, image, size, captions))
     if not loaded:
         raise InputError(f"{file} has no lines")
     return loaded
@@ -100,12 +98,18 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _read(folder: Path | None, path: Path, where: str) -> Image.Image:
-    """The image at ``path`` below the folder; without one, of the package ``path`` begins with."""
+def _check_image(folder: Path | None, path: Path, where: str) -> tuple[Path, tuple[int, int]]:
+    """The file and the size of the image at ``path`` below the folder.
+
+    Without a folder ``path`` begins with the name of the package that the image is in.
+    """
     try:
-        if folder is not None:
-            return read_rgb(folder / path)
-        return read_rgb(bundled_file(path.parts[0], "/".join(path.parts[1:])))
+        file = (
+            bundled_file(path.parts[0], "/".join(path.parts[1:]))
+            if folder is None
+            else folder / path
+        )
+        return file, read_rgb(file).size
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from visproj.errors import InputError
-from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, load_encoder
+from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, cropped_notes, load_encoder
 from visproj.vlm.figures import answer_attention_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, NAME, load_language_model
 from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
-from visproj.vlm.photographs import load_photographs
+from visproj.vlm.photographs import Images, Photograph, load_photographs
 from visproj.vlm.pretrained import PretrainedProjector, find_projector, load_pretrained
+
+logger = logging.getLogger("visproj")
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,22 @@ def run_chat(
         ConnectionError, ModuleNotFoundError: A model or package is missing.
     """
     check_backend()
+    if not options.images:
+        raise InputError("there is no image to chat about")
+    if options.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
     if options.attention is not None:
         _check_picture(options.attention, len(options.images))
     projector = load_pretrained(find_projector(options.projector))
-    images = [photograph.image for photograph in load_photographs(options.images)]
+    photographs = load_photographs(options.images)
+    images = Images(photographs)
     prompt = projector.prompt if options.prompt is None else options.prompt
     _check_prompt(prompt, len(images))
     progress("loading the vision encoder")
     encoder = load_encoder(_named(options.encoder, projector.encoder, OfflineEncoder.name))
     projector.check_encoder(encoder)
+    for note in cropped_notes(encoder, photographs):
+        logger.warning(note)
     progress("loading the language model")
     name = _named(options.language_model, projector.language_model, NAME)
     model = _assemble(encoder, projector, name)
@@ -143,7 +152,7 @@ def run_chat(
         num_beams=1,
     )
     if options.attention is not None:
-        _draw(model, images[0], prompt, answer, options.attention)
+        _draw(model, photographs[0], prompt, answer, options.attention)
     return answer.text
 
 
@@ -262,15 +271,18 @@ def join_words(pieces: Sequence[str], weights: Tensor) -> tuple[list[str], Tenso
 
 
 def _draw(
-    model: VisualLanguageModel, image: Image.Image, prompt: str, answer: Answer, path: Path
+    model: VisualLanguageModel, photograph: Photograph, prompt: str, answer: Answer, path: Path
 ) -> None:
     special = set(model.tokenizer.all_special_ids)
     shown = [index for index, token in enumerate(answer.ids) if token not in special]
     if not shown:
         raise InputError("the answer is empty: there is no attention to draw")
+    image = photograph.image
     weights = attention_to_patches(model, model.features([image]), prompt, answer.ids)
     words, weights = join_words([answer.pieces[index] for index in shown], weights[shown])
     eye = model.encoder
     kind = cast(PretrainedProjector, model.projector).kind
-    figure = answer_attention_figure(eye.crop(image), words, weights, eye.grid, kind)
+    figure = answer_attention_figure(
+        eye.crop(image), words, weights, eye.grid, kind, photograph.path.name
+    )
     save_figure(figure, path)

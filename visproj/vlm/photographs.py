@@ -1,41 +1,89 @@
-"""Photographs as RGB images: the caller's own, or the two that come with scikit-learn."""
+"""Photographs as RGB images: the caller's own, or the two that come with scikit-learn.
 
+A list of photographs holds their files: each is decoded when its image is asked for and belongs to
+the caller from then on, so that what is in memory does not grow with the list.
+"""
+
+import logging
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # our error says it in one line
+
 SAMPLES = ("china.jpg", "flower.jpg")
+# What turns an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-class Photograph(NamedTuple):
-    """An upright 8-bit RGB image and a name that no other photograph of its list has."""
+@dataclass(frozen=True)
+class Photograph:
+    """An image file that could be decoded.
+
+    Attributes:
+        name: What no other photograph of its list is called.
+        path: The file.
+        size: Width and height of the upright image in pixels.
+    """
 
     name: str
-    image: Image.Image
+    path: Path
+    size: tuple[int, int]
+
+    @property
+    def image(self) -> Image.Image:
+        """The upright 8-bit RGB image, decoded each time."""
+        return read_rgb(self.path)
+
+
+class Images(Sequence[Image.Image]):
+    """The images of photographs, each decoded when it is taken."""
+
+    def __init__(self, photographs: Sequence[Photograph]) -> None:
+        self._photographs = photographs
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._photographs[index]
+        return Images(found) if isinstance(index, slice) else found.image
 
 
 def load_photographs(paths: Sequence[Path | str] = ()) -> list[Photograph]:
-    """Read each file as an RGB image, turned upright by its EXIF tag.
+    """Check that each file can be decoded, one after the other.
 
     Args:
         paths: Image files; none means scikit-learn's ``china.jpg`` and ``flower.jpg``.
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: A file is not an image, is damaged, or has more than 8 bits a channel.
+        ValueError: A file is not an image, is damaged, or has more than 8 bits per channel.
         ModuleNotFoundError: No paths were given and scikit-learn is not installed.
     """
     files = [Path(path) for path in paths]
     files = files or [bundled_file("sklearn", f"datasets/images/{name}") for name in SAMPLES]
     photographs: list[Photograph] = []
+    taken: set[str] = set()
     for file in files:
-        taken = {photograph.name for photograph in photographs}
-        photographs.append(Photograph(free_name(file.stem, taken), read_rgb(file)))
+        name = free_name(file.stem, taken)
+        taken.add(name)
+        photographs.append(Photograph(name, file, read_rgb(file).size))
     return photographs
 
 
@@ -51,23 +99,46 @@ def free_name(stem: str, taken: set[str]) -> str:
 def read_rgb(path: Path) -> Image.Image:
     """Decode all of an image file, upright, transparent parts on white.
 
+    Of the metadata, only the orientation is read, and metadata that is damaged is passed over.
+
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The file is not an image, is damaged, or has more than 8 bits a channel.
+        ValueError: The file is not an image, is damaged, or has more than 8 bits per channel.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such image: {path}")
     try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read {path} as an image: {error}") from error
-    # Pillow clips these to 255 where it converts them at all: a white picture and no error.
-    if upright.mode.startswith(("I", "F")):
-        raise InputError(
-            f"{path} has pixels of mode {upright.mode}, convert it to 8 bits a channel"
-        )
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    return upright.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata and of many pixels
+            return _decode(path)
+    except InputError:
+        raise
+    except Exception as error:  # the decoders of damaged files raise anything
+        reason = str(error) or type(error).__name__
+        raise InputError(f"cannot read {path} as an image: {reason}") from error
+
+
+def _decode(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        opened.load()
+        image: Image.Image = opened
+        # Pillow clips these to 255 where it converts them at all: a white picture and no error.
+        if image.mode.startswith(("I", "F")):
+            raise InputError(
+                f"{path} has pixels of mode {image.mode}, convert it to 8 bits per channel"
+            )
+        turn = TURNS.get(_orientation(image))
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag alone: ``ImageOps.exif_transpose`` also writes all other tags anew."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata raises anything, and the pixels are intact
+        return 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich import box
@@ -15,9 +17,19 @@ from visproj.vlm.training import TrainingReport
 
 
 class TrainingProgress:
-    """One bar at a time, for ``run_training``'s callbacks; training shows loss and images/s."""
+    """One bar at a time, for ``run_training``'s callbacks; training shows loss and images/s.
+
+    Where the console is not a terminal, it gets a plain line every 10 s instead, from then on one
+    as each stage begins, and one when the training is complete.
+    """
+
+    SECONDS = 10.0  # between two plain lines
 
     def __init__(self, console: Console) -> None:
+        self._console = console
+        self._plain = not console.is_terminal or console.is_dumb_terminal
+        self._printed = time.monotonic()
+        self._long = False  # enough for a first line
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -25,11 +37,13 @@ class TrainingProgress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            speed_estimate_period=600,  # seconds: a step may take a minute
         )
         self._task = self._bars.add_task("reading the data", total=None, note="")
 
     def __enter__(self) -> TrainingProgress:
-        self._bars.start()
+        if not self._plain:
+            self._bars.start()
         return self
 
     def __exit__(
@@ -38,6 +52,8 @@ class TrainingProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._plain:
+            return
         if kind is None:
             self._bars.stop()
         else:
@@ -48,10 +64,12 @@ class TrainingProgress:
         """Begin a stage; ``total`` 0 means unknown."""
         self._bars.stop_task(self._task)
         self._task = self._bars.add_task(name, total=total or None, note="")
+        self._print_line(at_once=self._long)
 
     def advance(self) -> None:
         """One part of the stage is done."""
         self._bars.advance(self._task)
+        self._print_line()
 
     def on_step(self, step: Step, run: TrainingRun) -> None:
         """One optimiser step is done."""
@@ -65,6 +83,23 @@ class TrainingProgress:
         if run.held_out:
             note += f", held-out {run.held_out[-1][1]:.3f}"
         self._bars.update(self._task, completed=step.step, total=run.total, note=note)
+        self._print_line(at_once=step.step == run.total)
+
+    def _print_line(self, at_once: bool = False) -> None:
+        """Where there are no bars, print the task's state unless there was a line just now."""
+        now = time.monotonic()
+        if not self._plain or (now - self._printed < self.SECONDS and not at_once):
+            return
+        self._printed, self._long = now, True
+        (task,) = (task for task in self._bars.tasks if task.id == self._task)
+        line = task.description
+        if task.completed and task.total:
+            line += f": {task.completed:.0f}/{task.total:.0f}"
+        if task.fields["note"]:
+            line += f", {task.fields['note']}"
+        if task.time_remaining:
+            line += f", {timedelta(seconds=round(task.time_remaining))} left"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def render_report(report: TrainingReport, kind: str) -> Group:
@@ -85,8 +120,9 @@ def render_report(report: TrainingReport, kind: str) -> Group:
         f"best of {found.captions} captions is the photograph's own": f"{100 * found.rate:.1f} %",
         "the same with photographs permuted": f"{100 * found.control:.1f} %",
         "95 % of such controls by chance": f"{low} to {high} %",
-        "peak memory": f"{report.peak_mib:.0f} MiB",
     }
+    if report.peak_mib is not None:
+        rows["peak memory"] = f"{report.peak_mib:.0f} MiB"
     for name, value in rows.items():
         table.add_row(name, value)
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())

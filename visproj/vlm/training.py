@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visproj.files import cache_folder
+from visproj.errors import InputError
+from visproj.files import cache_folder, replacing, write_json
+from visproj.projectors import KINDS
 from visproj.vlm.captions import CaptionedPhotograph, load_captions
 from visproj.vlm.encoders import load_encoder
 from visproj.vlm.figures import loss_figure, save_figure
-from visproj.vlm.language import load_language_model
+from visproj.vlm.language import IMAGE_TOKEN, load_language_model
 from visproj.vlm.loop import (
     STATE_NAME,
     Step,
@@ -29,6 +30,7 @@ from visproj.vlm.loop import (
 )
 from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
 from visproj.vlm.pretrained import PretrainedProjector, located
+from visproj.vlm.run_folder import check_writable, refuse_parallel, sole_writer
 from visproj.vlm.scoring import Retrieval, caption_loss, caption_scores, own_loss, retrieval
 from visproj.vlm.views import held_out_views, training_views
 
@@ -63,6 +65,14 @@ class TrainingOptions:
     queries: int = 8
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
+        if self.queries < 1:
+            raise InputError(f"queries must be at least 1, got {self.queries}")
+        if self.prompt.count(IMAGE_TOKEN) > 1:
+            raise InputError(f"the prompt {self.prompt!r} has more than one {IMAGE_TOKEN}")
+
 
 @dataclass(frozen=True)
 class TrainingReport:
@@ -76,7 +86,8 @@ class TrainingReport:
         trained_loss: The same afterwards.
         retrieval: Whether the right caption is found, and its control.
         seconds: By stage.
-        peak_mib: Largest resident memory of the process so far.
+        peak_mib: Largest resident memory of the process so far; ``None`` where the system does
+            not say.
     """
 
     photographs: int
@@ -86,7 +97,7 @@ class TrainingReport:
     trained_loss: float
     retrieval: Retrieval
     seconds: dict[str, float]
-    peak_mib: float
+    peak_mib: float | None
 
 
 def run_training(
@@ -110,15 +121,53 @@ def run_training(
         advance: Called after every other step of a stage.
 
     Raises:
+        InputError: This is one of several processes that were started together, or another process
+            is training in ``out``.
         FileExistsError: ``out`` holds a run and ``resume`` is false.
         FileNotFoundError: ``resume`` is true and there is nothing to go on from.
         NotADirectoryError: ``out`` is a file.
         ConnectionError, ModuleNotFoundError: A model or package is missing.
         ValueError: As the data, the models and the loop say; data and encoder are read first.
         FloatingPointError, OSError: As :func:`visproj.vlm.loop.train` says.
+        KeyboardInterrupt: Of the user's; its text says what is kept.
     """
+    refuse_parallel("training")
     _check_folder(options)
     check_backend()
+    with sole_writer(options.out), _says_what_is_kept(options.out):
+        return _train(options, settings, stage, on_step, advance)
+
+
+def _check_folder(options: TrainingOptions) -> None:
+    check_writable(options.out)
+    exists = (options.out / STATE_NAME).exists()
+    if exists and not options.resume:
+        raise FileExistsError(
+            f"{options.out} holds a training run: go on with --resume, or choose another --out"
+        )
+    if options.resume and not exists:
+        raise FileNotFoundError(f"{options.out} holds no training run to resume")
+
+
+@contextmanager
+def _says_what_is_kept(out: Path) -> Iterator[None]:
+    """Give Ctrl-C outside of the training loop, which has its own, a text."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise
+        kept = "go on with --resume" if (out / STATE_NAME).exists() else "nothing is kept"
+        raise KeyboardInterrupt(f"stopped: {kept}") from stop
+
+
+def _train(
+    options: TrainingOptions,
+    settings: TrainingSettings,
+    stage: Callable[[str, int], None],
+    on_step: Callable[[Step, TrainingRun], None],
+    advance: Callable[[], None],
+) -> TrainingReport:
     clock = _Clock()
     photographs = load_captions(options.data)
     encoder = load_encoder(options.encoder)
@@ -196,21 +245,10 @@ def run_training(
         seconds=clock.laps,
         peak_mib=peak_mib(),
     )
-    text = json.dumps({**asdict(report), "retrieval": report.retrieval._asdict()}, indent=2)
-    (options.out / "report.json").write_text(f"{text}\n")
+    values = {**asdict(report), "retrieval": report.retrieval._asdict()}
+    with replacing(options.out / "report.json") as partial:
+        write_json(partial, values)
     return report
-
-
-def _check_folder(options: TrainingOptions) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise NotADirectoryError(f"{options.out} is a file: choose another --out")
-    exists = (options.out / STATE_NAME).exists()
-    if exists and not options.resume:
-        raise FileExistsError(
-            f"{options.out} holds a training run: go on with --resume, or choose another --out"
-        )
-    if options.resume and not exists:
-        raise FileNotFoundError(f"{options.out} holds no training run to resume")
 
 
 def _encode(
@@ -222,9 +260,10 @@ def _encode(
     """Features of all training views, and of the held-out views of those that are scored."""
     views, held_out = [], []
     for index, photograph in enumerate(photographs):
-        views.append(model.features(training_views(photograph.image, TRAINING_VIEWS, index)))
+        image = photograph.image
+        views.append(model.features(training_views(image, TRAINING_VIEWS, index)))
         if index < SCORED_PHOTOGRAPHS:
-            held_out.append(model.features(held_out_views(photograph.image)))
+            held_out.append(model.features(held_out_views(image)))
         advance()
     return TrainingData(
         views, [photograph.captions for photograph in photographs], prompt
@@ -236,8 +275,12 @@ def _owners(groups: Iterable[Any]) -> Tensor:
     return torch.tensor([index for index, group in enumerate(groups) for _ in group])
 
 
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+def peak_mib() -> float | None:
+    """Largest resident memory of this process so far, ``None`` on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Iterator
+from itertools import chain
 
 from PIL import Image, ImageOps
 
@@ -12,8 +14,10 @@ CORNER = 0.75  # side of the held-out corner crop, in the same unit
 COARSE = 96  # pixels
 
 
-def training_views(image: Image.Image, count: int, seed: int) -> list[Image.Image]:
+def training_views(image: Image.Image, count: int, seed: int) -> Iterator[Image.Image]:
     """``count`` square crops, never mirrored or resized; the first is the whole centre square.
+
+    Each is cut out when it is asked for: together they can be several times the image's size.
 
     The sides of the others are uniform between 0.6 and 1 of the image's shorter side, their
     positions uniform over the image. The one side that ``held_out_views`` crops its corner at is
@@ -25,17 +29,18 @@ def training_views(image: Image.Image, count: int, seed: int) -> list[Image.Imag
     """
     if count < 1:
         raise InputError(f"count is {count}, at least 1 view is needed")
-    width, height = image.size
     shorter = min(image.size)
     generator = random.Random(seed)
-    views = [_centre_square(image)]
-    while len(views) < count:
+
+    def random_crop() -> Image.Image:
         side = generator.randint(math.ceil(SMALLEST * shorter), shorter)
         if side == _corner_side(shorter):
             side = min(side + 1, shorter)
-        left, top = generator.randint(0, width - side), generator.randint(0, height - side)
-        views.append(_crop(image, left, top, side))
-    return views
+        left = generator.randint(0, image.width - side)
+        return _crop(image, left, generator.randint(0, image.height - side), side)
+
+    crops = (random_crop() for _ in range(count - 1))
+    return chain([_centre_square(image)], crops)
 
 
 def held_out_views(image: Image.Image) -> list[Image.Image]:

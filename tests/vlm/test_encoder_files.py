@@ -1,0 +1,195 @@
+"""Encoder directories that are incomplete, and what their files ask for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+
+from visproj.errors import InputError
+from visproj.qwen_vl.config import MODEL_TYPE
+from visproj.vlm.encoders import cropped_notes, load_encoder
+from visproj.vlm.photographs import Photograph
+from visproj.vlm.preprocessing import read_preprocessing
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+RECIPE = {
+    "crop_size": {"height": 32, "width": 32},
+    "size": {"shortest_edge": 32},
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.25, 0.5],
+}
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+    """A CLIP encoder, or a DINOv2 one if the test asks for it."""
+    sizes = {**SIZES, "image_size": 32, "patch_size": 8}
+    if getattr(request, "param", "clip") == "clip":
+        model = CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=48))
+    else:
+        model = Dinov2Model(Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path)
+    change(tmp_path, "preprocessor_config.json", **RECIPE)
+    return tmp_path
+
+
+def change(folder, name, **changes):
+    """Change keys of a JSON file; ``None`` removes one."""
+    file = folder / name
+    values = {**(json.loads(file.read_text()) if file.exists() else {}), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def read(**changes):
+    return read_preprocessing({**RECIPE, **changes}, "E", 32)
+
+
+REFUSED = {
+    "image_mean": [None, "x", [1, 2], [1, 2, "3"], [1, 2, float("nan")], 0.5],
+    "image_std": [None, [0.0, 1, 1], [-1, 1, 1], [True, 1, 1]],
+    "crop_size": [0, -1, True, 3.5, "32", [32, 32], {"height": 32}, {"height": 32, "width": 16}],
+    "size": [31, {"height": 40, "width": 40}, {"shortest_edge": [32]}, {"longest_edge": 40}, "40"],
+    "resample": [99, -1, "bicubic", [], True],
+    "rescale_factor": [0, -1.0, float("inf"), "1/255", True],
+    "do_resize": [False, "no", 1],
+    "do_center_crop": [False],
+    "do_normalize": ["false"],
+    "do_pad": [True],
+    "do_flip_channel_order": [True, 0],
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_settings_that_are_refused(key):
+    for value in REFUSED[key]:
+        with pytest.raises(InputError, match=rf"^preprocessor_config\.json .* E: {key}"):
+            read(**{key: value})
+
+
+def test_settings_that_are_followed():
+    want = read()
+    assert (want.resize, want.crop, want.resample) == (32, 32, Image.Resampling.BICUBIC)
+    assert (want.mean, want.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+    assert read(crop_size=32, size=32, do_pad=False, do_convert_rgb=True, resample=3) == want
+    assert read(crop_size=None, size=None, rescale_factor=1 / 255, do_resize=None) == want
+    assert read(size={"shortest_edge": 40}).resize == read(size=40).resize == 40
+    assert read(resample=2).resample == Image.Resampling.BILINEAR
+    plain = read(do_normalize=False, image_mean=None, image_std=None)
+    assert (plain.mean, plain.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({}, lambda x: (x / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]),
+        ({"rescale_factor": 1 / 127.5}, lambda x: (x / 127.5 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]),
+        ({"do_rescale": False}, lambda x: (x - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]),
+        ({"do_normalize": False}, lambda x: x / 255),
+        ({"do_normalize": False, "do_rescale": False}, lambda x: x),
+    ],
+)
+def test_values_are_scaled_as_the_file_says(folder, changes, values):
+    change(folder, "preprocessor_config.json", **changes)
+    image = Image.effect_noise((32, 32), 80).convert("RGB")
+    pixels = load_encoder(str(folder)).preprocess([image])[0].permute(1, 2, 0)
+    # fp32 arithmetic on numbers below 2000.
+    np.testing.assert_allclose(pixels, values(np.asarray(image, dtype=float)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_the_crop_is_the_middle_of_the_resized_image(folder, resample):
+    change(folder, "preprocessor_config.json", size={"shortest_edge": 40}, resample=int(resample))
+    image = Image.effect_noise((160, 80), 80).convert("RGB")
+    want = image.resize((80, 40), resample).crop((24, 4, 56, 36))
+    got = load_encoder(str(folder)).crop(image)
+    # 8-bit rounding after each of the two passes.
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(want, dtype=int)).max() <= 1
+
+
+def test_a_note_on_what_is_cropped_away(folder):
+    change(folder, "preprocessor_config.json", size={"shortest_edge": 40})
+    encoder = load_encoder(str(folder))
+    assert encoder.seen_part((80, 80)) == pytest.approx(0.64)
+    photographs = [
+        Photograph("a", folder / "wide.jpg", (300, 80)),
+        Photograph("b", folder / "square.jpg", (80, 80)),
+        Photograph("c", folder / "tall.jpg", (80, 100)),
+        Photograph("d", folder / "taller.jpg", (80, 110)),
+    ]
+    assert cropped_notes(encoder, photographs) == [
+        "wide.jpg: the encoder sees only the middle 17 % of it",
+        "taller.jpg: the encoder sees only the middle 47 % of it",
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_what_is_not_json_is_named(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"^cannot load .*{folder}: {name} {message}"):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"<html>", "web"),
+        (b"", "emp"),
+    ],
+)
+def test_what_is_not_weights_is_named(folder, content, message):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=rf"{folder}/model\.safetensors is .*{message}"):
+        load_encoder(str(folder))
+
+
+CONFIGS = {
+    "crop of another size": ({"image_size": 64}, "crop_size is 32, the model's image_size is 64"),
+    "patches that are not square": ({"patch_size": [8, 4]}, r"patch_size is \[8, 4\]"),
+    "no patches": ({"patch_size": 0}, "patch_size is 0"),
+    "patches larger than the crop": ({"patch_size": 64}, "patch_size is 64"),
+    "grey": ({"num_channels": 1}, "num_channels 1"),
+    "more layers": ({"num_hidden_layers": 3}, r"lacks the weights .*layers\.2\..* and 12 more$"),
+    "fewer layers": ({"num_hidden_layers": 1}, r"has more layers than config\.json .*layers\.1\."),
+    "wider": ({"hidden_size": 64}, r"has other shapes in config\.json than of .*class_embedding"),
+    "not a number": ({"hidden_size": "x"}, "cannot load the encoder directory .*"),
+    "unknown activation": ({"hidden_act": "nope"}, "cannot load the encoder directory .*nope"),
+    "heads that do not divide": ({"num_attention_heads": 5}, "cannot load the encoder directory"),
+    "code of its own": (
+        {"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}},
+        "cannot load the encoder directory",
+    ),
+    "no model type": ({"model_type": None}, "cannot load the encoder directory"),
+    "another kind": ({"model_type": "siglip_vision_model"}, "is a siglip_vision_model model, not"),
+    "ours of Qwen-VL": ({"model_type": MODEL_TYPE}, "the vision encoder of a Qwen-VL, not a CLIP"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configurations_that_are_refused(folder, case):
+    changes, message = CONFIGS[case]
+    change(folder, "config.json", **changes)
+    with pytest.raises(InputError, match=message) as refused:
+        load_encoder(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("folder", ["dinov2"], indirect=True)
+def test_a_crop_that_dinov2_resizes_its_positions_to(folder):
+    change(folder, "preprocessor_config.json", crop_size=48, size=48)
+    encoder = load_encoder(str(folder))
+    features = encoder.encode(encoder.preprocess([Image.new("RGB", (9, 9))]))
+    assert features.shape == (1, 1 + 6 * 6, 32)
+    assert torch.isfinite(features).all()
