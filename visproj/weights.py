@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,15 +31,18 @@ from visproj.files import (
     entries_of,
     parse_device,
     parse_dtype,
+    read_json_object,
     replacing,
     write_safetensors,
 )
 from visproj.folding import FoldedProjector
 from visproj.positions import sincos_position_table
-from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector
+from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
 from visproj.projectors.description import build_described, describe
 
 PREFIX = "projection."
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
 # First parts of keys that a projector has by itself, and a checkpoint around one does not.
 _OWN = {"vis_layer", "query", "kv_proj"}
 _PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
@@ -233,16 +237,54 @@ def load_projector(
 
 
 def _load_pretrained(path: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    from visproj.vlm.pretrained import PretrainedProjector, find_projector
-
     folder = find_projector(path)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise InputError(
-            f"{path} is not a trained projector's directory: there is no config.json. It holds "
+            f"{path} is not a trained projector's directory: there is no {CONFIG_NAME}. It holds "
             f"{what_it_holds(path)}"
         )
-    options: dict[str, Any] = {"map_location": str(device), "dtype": dtype}
-    return PretrainedProjector.from_pretrained(folder, **options).module
+    check_folder(folder)
+    config = read_json_object(folder / CONFIG_NAME)
+    names = ("kind", "vision", "lang_dim", "query_grid")
+    try:
+        with torch.device("meta"):
+            projector = build_configured(*(config.get(name) for name in names))
+        load_file_into(projector, TensorFile(folder / WEIGHTS_NAME), device, dtype)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot load the projector in {folder}: {reason}") from error
+    return projector.eval()
+
+
+def build_configured(kind: Any, vision: Any, lang_dim: Any, query_grid: Any) -> nn.Module:
+    """Build the projector that a :class:`visproj.PretrainedProjector`'s configuration describes."""
+    if not isinstance(vision, Mapping):
+        raise TypeError(
+            "vision must be the dictionary of an encoder's description, got "
+            f"{type(vision).__name__}"
+        )
+    options: dict[str, Any] = {} if query_grid is None else {"query_grid": tuple(query_grid)}
+    return build_projector(kind, SimpleNamespace(**vision), lang_dim, **options)
+
+
+def find_projector(path: Path) -> Path:
+    """The checkpoint's directory: ``path`` itself, or ``projector`` in what training left there."""
+    inside = path / "projector"
+    return inside if inside.is_dir() and not (path / CONFIG_NAME).exists() else path
+
+
+def check_folder(folder: Path) -> None:
+    """Raise unless there is the configuration of a projector, and a file of weights."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {CONFIG_NAME}")
+    try:
+        config = read_json_object(folder / CONFIG_NAME)
+    except InputError as error:
+        raise InputError(f"cannot load the projector in {folder}: {error}") from error
+    if "model_type" in config and "kind" not in config:
+        raise InputError(f"{folder} holds no projector. It holds {what_it_holds(folder)}")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"the projector directory {folder} has no {WEIGHTS_NAME}")
 
 
 def _description(file: TensorFile) -> dict[str, Any]:

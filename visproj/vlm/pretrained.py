@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import nn
 
-from visproj.contents import what_it_holds
 from visproj.errors import InputError
-from visproj.files import TensorFile, parse_device, parse_dtype, read_json_object
-from visproj.projectors import build_projector
+from visproj.files import TensorFile, parse_device, parse_dtype
 from visproj.vlm.encoders import VisionEncoder
-from visproj.weights import load_file_into, whole_state, write_state
+from visproj.weights import (
+    WEIGHTS_NAME,
+    build_configured,
+    check_folder,
+    find_projector,
+    load_file_into,
+    whole_state,
+    write_state,
+)
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+__all__ = ["PretrainedProjector", "find_projector", "load_pretrained", "located"]
+
 MODEL_CARD = """\
 ---
 {{ card_data }}
@@ -90,11 +95,6 @@ class PretrainedProjector(
         encoder_digest: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(vision, Mapping):
-            raise TypeError(
-                "vision must be the dictionary of an encoder's description, got "
-                f"{type(vision).__name__}"
-            )
         self.kind = kind
         self.vision = vision
         self.lang_dim = lang_dim
@@ -103,8 +103,7 @@ class PretrainedProjector(
         self.prompt = prompt
         self.query_grid = query_grid
         self.encoder_digest = encoder_digest
-        options: dict[str, Any] = {} if query_grid is None else {"query_grid": tuple(query_grid)}
-        self.module = build_projector(kind, SimpleNamespace(**vision), lang_dim, **options)
+        self.module = build_configured(kind, vision, lang_dim, query_grid)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the projector's own."""
@@ -229,7 +228,7 @@ class PretrainedProjector(
         if not path.is_dir():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         folder = find_projector(path)
-        _check_folder(folder)
+        check_folder(folder)
         try:
             return super().from_pretrained(folder, **options)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -273,12 +272,6 @@ class PretrainedProjector(
         return projector.eval()
 
 
-def find_projector(path: Path) -> Path:
-    """The checkpoint's directory: ``path`` itself, or ``projector`` in what training left there."""
-    inside = path / "projector"
-    return inside if inside.is_dir() and not (path / CONFIG_NAME).exists() else path
-
-
 def load_pretrained(directory: str | Path) -> PretrainedProjector:
     """The checkpoint in ``directory``, or in the ``OUT`` of ``visproj train``, in eval mode.
 
@@ -287,22 +280,8 @@ def load_pretrained(directory: str | Path) -> PretrainedProjector:
         ValueError: The configuration or the weights are damaged, or do not fit each other.
     """
     folder = find_projector(Path(directory))
-    _check_folder(folder)
+    check_folder(folder)
     return PretrainedProjector.from_pretrained(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise unless there is the configuration of a projector, and a file of weights."""
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"the projector directory {folder} has no {CONFIG_NAME}")
-    try:
-        config = read_json_object(folder / CONFIG_NAME)
-    except InputError as error:
-        raise InputError(f"cannot load the projector in {folder}: {error}") from error
-    if "model_type" in config and "kind" not in config:
-        raise InputError(f"{folder} holds no projector. It holds {what_it_holds(folder)}")
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"the projector directory {folder} has no {WEIGHTS_NAME}")
 
 
 def located(typed: str | None, name: str) -> str:
