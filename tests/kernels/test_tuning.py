@@ -26,9 +26,8 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setenv("VISPROJ_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "INTERPRETING", False)
-    monkeypatch.setattr(tuning, "architecture", lambda: 90)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_files_read", set())
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    forget(monkeypatch)
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 80/GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -36,11 +35,13 @@ def gpu(monkeypatch, tmp_path):
 
 
 def best(ran, rows=256, choices=(SLOW, FAST)):
-    return tuning.run_best("kernel", (rows, 4096, True), choices, ran.append, LIKE)
+    tuning.run_best("kernel", (rows, 4096, True), choices, ran.append, LIKE)
+    return ran[-1]
 
 
 def forget(monkeypatch):
     """As another process would start."""
+    monkeypatch.setattr(tuning, "_remembered", {})
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "_files_read", set())
 

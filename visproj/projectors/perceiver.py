@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from visproj import ops
 from visproj.errors import InputError
-from visproj.ops.cross_attention import check_masks
+from visproj.ops.cross_attention import cast_mask, check_masks
 from visproj.positions import Grid, PositionedModule, check_grid, grid_of, sincos_position_table
 from visproj.projectors.config import check_features, check_heads, check_width, vision_width
 from visproj.projectors.fusion import (
@@ -23,7 +23,6 @@ from visproj.projectors.fusion import (
     linear_norm_linear,
     log_called,
 )
-from visproj.reference.cross_attention import cast_mask
 
 _READS = {
     "kv_proj": nn.Linear,
