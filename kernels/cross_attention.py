@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 # Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
@@ -278,3 +281,50 @@ def table_row(kernel: str, q: Tensor, mask: Tensor | None) -> str:
 def padded_width(width: int) -> int:
     """Return the columns of a tile that holds one head."""
     return max(16, triton.next_power_of_2(width))
+
+
+def product_flops(count: int) -> Callable[[Mapping[str, Any]], int]:
+    """Return the FLOPs of ``count`` products of queries, keys and head width in every head."""
+
+    def flops(arguments: Mapping[str, Any]) -> int:
+        batch, keys, heads, width = arguments["k_ptr"].shape
+        return 2 * count * batch * heads * arguments["queries"] * keys * width
+
+    return flops
+
+
+MASKED = {"": False, "_masked": True}
+
+
+def example_operands(s: Sizes, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return queries, keys, values and a mask for an example."""
+    q = s.tensor(*([] if s.shared else [s.images]), s.queries, s.heads, s.width)
+    k, v = s.tensor(s.images, s.length, 2, s.heads, s.width).unbind(2)
+    padded = triton.cdiv(s.length, 128) * 128
+    return q, k, v, s.tensor(s.images, 1, s.queries, padded) if masked else None
+
+
+def _example(s: Sizes, masked: bool, statistics: bool) -> object:
+    return cross_attention_fwd(*example_operands(s, masked), statistics=statistics)
+
+
+register(
+    _cross_attention_fwd_kernel,
+    flops=product_flops(2),
+    examples={
+        f"cross_attention_fwd{name}": Example(
+            partial(_example, masked=masked, statistics=True),
+            table=f"cross_attention_fwd{name}",
+            tile="ql",
+            products=("qld", "qdl"),
+            descriptors=3,
+        )
+        for name, masked in MASKED.items()
+    }
+    | {
+        f"cross_attention_fwd{name}_alone": Example(
+            partial(_example, masked=masked, statistics=False), compiled=False
+        )
+        for name, masked in MASKED.items()
+    },
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from visproj.kernels import configs
 from visproj.kernels.cross_attention import (
     LOG2E,
+    MASKED,
     NO_CONSTANTS,
     describe_head,
+    example_operands,
     load_tile,
     padded_width,
+    product_flops,
     shared_arguments,
     softmax_scores,
     table_row,
@@ -23,6 +27,7 @@ from visproj.kernels.cross_attention import (
 from visproj.kernels.device import dot_precision, multiprocessors
 from visproj.kernels.launch import Config, launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -421,3 +426,55 @@ def cross_attention_bwd_dq(given: Given) -> Tensor:
     if not shared:
         return dq
     return dq[0] if dq.shape[0] == 1 else dq.sum(0).to(q.dtype)
+
+
+def _given_example(s: Sizes, masked: bool) -> Given:
+    q, k, v, mask = example_operands(s, masked)
+    dout = s.tensor(s.images, s.queries, s.heads, s.width)
+    lse, log_sum, delta = (s.statistics(s.images, s.heads, s.queries) for _ in range(3))
+    return Given(q, k, v, mask, dout, lse, log_sum if masked else None, delta)
+
+
+def _delta_example(s: Sizes) -> Tensor:
+    out, dout = (s.tensor(s.images, s.queries, s.heads, s.width) for _ in range(2))
+    return cross_attention_bwd_delta(out, dout)
+
+
+def _dkv_example(s: Sizes, masked: bool) -> None:
+    dk, dv = s.tensor(s.images, s.length, 2, s.heads, s.width).unbind(2)
+    cross_attention_bwd_dkv(_given_example(s, masked), dk, dv)
+
+
+def _dq_example(s: Sizes, masked: bool) -> Tensor:
+    return cross_attention_bwd_dq(_given_example(s, masked))
+
+
+register(_cross_attention_bwd_delta_kernel, {"delta": Example(_delta_example)})
+register(
+    _cross_attention_bwd_dkv_kernel,
+    flops=product_flops(4),
+    examples={
+        f"cross_attention_bwd_dkv{name}": Example(
+            partial(_dkv_example, masked=masked),
+            table=f"cross_attention_bwd_dkv{name}",
+            tile="ql",
+            products=("lqd", "ldq", "lqd", "ldq"),
+            descriptors=4,
+        )
+        for name, masked in MASKED.items()
+    },
+)
+register(
+    _cross_attention_bwd_dq_kernel,
+    flops=product_flops(3),
+    examples={
+        f"cross_attention_bwd_dq{name}": Example(
+            partial(_dq_example, masked=masked),
+            table=f"cross_attention_bwd_dq{name}",
+            tile="ql",
+            products=("qld", "qld", "qdl"),
+            descriptors=4,
+        )
+        for name, masked in MASKED.items()
+    },
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from visproj.kernels.device import multiprocessors
 from visproj.kernels.launch import Config, launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 
 
 @triton.jit
@@ -238,3 +241,38 @@ def fold_gain(
         BLOCK=config.blocks[0],
     )
     return folded, row_sum, constant
+
+
+def _forward_example(s: Sizes, whole: bool) -> object:
+    x, gain = s.tensor(s.images * s.length, s.outputs), s.tensor(s.outputs)
+    shift, dtype = (gain, s.dtype) if whole else (None, torch.float32)
+    options: dict[str, Any] = {"out_dtype": dtype, "in_place": not whole, "statistics": whole}
+    return layer_norm_fwd(x, gain, shift, 1e-12, **options)
+
+
+def _backward_example(s: Sizes) -> object:
+    grad, x = (s.tensor(s.images * s.length, s.outputs) for _ in range(2))
+    mean = s.statistics(s.images * s.length)
+    return layer_norm_bwd(grad, x, mean, mean, s.tensor(s.outputs))
+
+
+def _fold_example(s: Sizes, whole: bool) -> object:
+    weight, gain = s.tensor(s.outputs, s.inputs), s.tensor(s.inputs)
+    return fold_gain(weight, gain, *((gain, s.tensor(s.outputs)) if whole else (None, None)))
+
+
+register(
+    _layer_norm_fwd_kernel,
+    {
+        "layer_norm_fwd": Example(lambda s: _forward_example(s, whole=True)),
+        "layer_norm_fwd_plain": Example(lambda s: _forward_example(s, False), compiled=False),
+    },
+)
+register(_layer_norm_bwd_kernel, {"layer_norm_bwd": Example(_backward_example)})
+register(
+    _fold_gain_kernel,
+    {
+        "fold_gain": Example(lambda s: _fold_example(s, whole=True)),
+        "fold_gain_plain": Example(lambda s: _fold_example(s, whole=False), compiled=False),
+    },
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -411,3 +413,63 @@ def merge_statistics(
         BLOCK_M=block_m,
         BLOCK_T=block_t,
     )
+
+
+def _flops(arguments: Mapping[str, Any]) -> int:
+    """Of a product whose kernel skips the tiles in which a triangular weight is zero."""
+    M, N, K = (arguments[name] for name in "MNK")
+    if not arguments["TRIANGULAR"]:
+        return 2 * M * N * K
+    columns, depth = arguments["BLOCK_N"], arguments["BLOCK_K"]
+    return 2 * M * sum((K - n // depth * depth) * min(columns, N - n) for n in range(0, N, columns))
+
+
+def _table_example(s: Sizes) -> Tensor:
+    mean, sums = s.statistics(s.images, s.length), s.statistics(s.outputs)
+    table = s.tensor(s.length, (s.outputs + 1) // 2)
+    epilogue = Epilogue(mean=mean, rstd=mean, weight_sum=sums, shift=sums, table=table)
+    return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
+
+
+def _folded_example(s: Sizes, table: bool) -> Tensor:
+    squares = s.statistics(triton.cdiv(s.inputs, 128), s.images * s.length)
+    added = s.tensor(s.length, s.outputs) if table else None
+    epilogue = Epilogue(bias=s.tensor(s.outputs), squares=squares, eps=1e-12, table=added)
+    return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
+
+
+def _merge_example(s: Sizes) -> None:
+    partials = s.statistics(2, triton.cdiv(s.outputs, 128), s.images * s.length)
+    mean, rstd = (s.statistics(s.images, s.length) for _ in range(2))
+    merge_statistics(partials, mean, rstd, s.outputs, 128, 1e-12)
+
+
+_PRODUCT: dict[str, Any] = {"tile": "mnk", "products": ("mnk",), "descriptors": 2}
+_PRODUCT_AND_TABLE = _PRODUCT | {"table": "linear_table", "descriptors": 3, "blocks": 2}
+register(
+    _linear_fwd_kernel,
+    flops=_flops,
+    examples={
+        "linear": Example(
+            lambda s: _launch_linear(
+                s.features(),
+                s.tensor(s.outputs, s.inputs),
+                Epilogue(bias=s.tensor(s.outputs)),
+                statistics=True,
+            ),
+            "linear",
+            **_PRODUCT,
+        ),
+        "linear_squares": Example(
+            lambda s: row_squares_fwd(
+                s.features(), s.tensor(s.inputs, s.inputs), s.tensor(s.inputs)
+            ),
+            "linear",
+            **_PRODUCT,
+        ),
+        "linear_folded": Example(lambda s: _folded_example(s, False), "linear", **_PRODUCT),
+        "linear_table": Example(_table_example, **_PRODUCT_AND_TABLE),
+        "linear_table_folded": Example(lambda s: _folded_example(s, True), **_PRODUCT_AND_TABLE),
+    },
+)
+register(_merge_statistics_kernel, {"merge_statistics": Example(_merge_example, wide_loads=False)})

@@ -10,6 +10,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -178,3 +179,28 @@ def linear_bwd_weight(
     key = (images * length, N, K, mean is not None)
     run_best("linear_bwd_weight", key, choices, run, x)
     return dweight, dbias
+
+
+def _example(s: Sizes, norm: bool) -> object:
+    x, grad = s.features(), s.tensor(s.images, s.length, s.outputs)
+    if not norm:
+        return linear_bwd_weight(grad, x, bias=False)
+    mean, gain = s.statistics(s.images, s.length), s.tensor(s.inputs)
+    return linear_bwd_weight(grad, x, bias=True, mean=mean, rstd=mean, gain=gain, shift=gain)
+
+
+register(
+    _linear_bwd_weight_kernel,
+    flops=lambda arguments: 2 * arguments["M"] * arguments["N"] * arguments["K"],
+    examples={
+        "linear_bwd_weight": Example(
+            lambda s: _example(s, norm=True),
+            table="linear_bwd_weight",
+            tile="nkm",
+            products=("nkm",),
+            descriptors=2,
+            blocks=2,
+        ),
+        "linear_bwd_weight_plain": Example(lambda s: _example(s, norm=False), compiled=False),
+    },
+)
