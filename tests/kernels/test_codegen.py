@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernels_edges
 import pytest
 
 from benchmarks import codegen
-from kernels import edges
 from visproj.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +48,10 @@ def test_first_choices(first_choices, kernel, arch, config):
 
 
 def test_dimensions_of_one_compile():
-    done = run(script=[str(Path(__file__).with_name("edges.py"))])
+    done = run(script=[kernels_edges.__file__])
     *failures, count = done.stdout.splitlines() or [done.stderr[-2000:]]
     assert failures == []
-    assert count == f"{len(edges.launches())} launches tried"
+    assert count == f"{len(kernels_edges.launches())} launches tried"
 
 
 def every_choice(arch, dtype):

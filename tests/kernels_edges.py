@@ -1,7 +1,7 @@
-"""Compile every kernel where a dimension is 1, which Triton makes a constant: ``python edges.py``.
+"""Compile every kernel where a dimension is 1, which Triton makes a constant.
 
-Prints one line for every launch that does not compile. The interpreter does not specialise
-constants.
+``python kernels_edges.py`` prints one line for every launch that does not compile. The interpreter
+does not specialise constants.
 """
 
 import itertools
@@ -39,25 +39,27 @@ def launches():
     ]
 
 
-def compile_one(name, sizes, arch, style):
+def complaint(name, sizes, arch, style):
+    """Compile one launch; what went wrong, if anything did."""
+
     def candidates(kernel, operands, precision):
         blocks = (64,) * (2 if "attention" in kernel else 3)
         return (Config(blocks, 4, 2, style and describable(*operands)),)
 
-    with (
-        codegen.compiling_for(GPUTarget("cuda", arch, 32)),
-        mock.patch.object(configs, "candidates", candidates),
-    ):
-        registry.EXAMPLES[name].call(sizes)
+    only = mock.patch.object(configs, "candidates", candidates)
+    try:
+        with codegen.compiling_for(GPUTarget("cuda", arch, 32)), only:
+            registry.EXAMPLES[name].call(sizes)
+    except RuntimeError as error:
+        return f"sm_{arch} {name} {sizes} {str(error)[:300]}"
+    return None
 
 
 def main():
-    for launch in launches():
-        try:
-            compile_one(*launch)
-        except RuntimeError as error:
-            print(f"{launch} {str(error)[:300]}")
-    print(f"{len(launches())} launches tried")
+    tried = launches()
+    for found in filter(None, itertools.starmap(complaint, tried)):
+        print(found)
+    print(f"{len(tried)} launches tried")
 
 
 if __name__ == "__main__":
