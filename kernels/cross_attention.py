@@ -274,7 +274,7 @@ def shared_arguments(
 
 def table_row(kernel: str, q: Tensor, mask: Tensor | None) -> str:
     """Return the name of the configurations for this head width, with or without a mask."""
-    wide = "_wide" if padded_width(q.shape[-1]) > 128 else ""
+    wide = "_wide" if q.shape[-1] > 128 else ""
     return kernel + ("" if mask is None else "_masked") + wide
 
 
