@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,25 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.command import Parser, check_folder, run_command
 from visproj.errors import InputError
-from visproj.kernels import configs
+from visproj.kernels import configs, registry
+from visproj.kernels.device import architecture
 from visproj.kernels.launch import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AMD_SHARED = 65536
-# What a folded projector launches, with the configurations of the kernel named beside it.
-FOLDED = {
-    "linear_squares": "linear",
-    "linear_folded": "linear",
-    "linear_table_folded": "linear_table",
+REFERENCE = {name: example for name, example in registry.load().items() if example.compiled}
+# A head wider than 128 has rows of its own in the table of configurations.
+EXAMPLES = REFERENCE | {
+    f"{name}_wide": replace(example, table=f"{example.table}_wide")
+    for name, example in REFERENCE.items()
+    if f"{example.table}_wide" in configs.KERNELS
 }
-PRODUCTS_AND_ATTENTION = (*configs.KERNELS, *FOLDED)
-ROW_KERNELS = ("layer_norm_fwd", "layer_norm_bwd", "fold_gain", "merge_statistics", "delta")
 
 
 @dataclass(frozen=True)
@@ -157,61 +156,23 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any, float]]]:
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        yield compiled
+        architecture.cache_clear()
+        try:
+            yield compiled
+        finally:
+            architecture.cache_clear()
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype)
+def head_width(kernel: str) -> int:
+    """Return the width of a head in the example of a kernel."""
+    return 144 if kernel.endswith("_wide") else 128
 
 
-def call(kernel: str, dtype: torch.dtype, width: int = 128) -> None:
+def call(kernel: str, dtype: str) -> None:
     """Launch one kernel at the reference shape: 8 images, C 1024, D 4096, 256 keys and queries."""
-    from visproj.kernels import cross_attention, cross_attention_backward, layer_norm, linear
-    from visproj.kernels.linear_backward import linear_bwd_weight
-
-    B, L, Q, C, D = 8, 256, 256, 1024, 4096
-    x, y = _empty(B, L + 1, C, dtype=dtype)[:, 1:], _empty(B, L, D, dtype=dtype)
-    gain, weight = _empty(D, dtype=dtype), _empty(2 * D, D, dtype=dtype)
-    mean, sums = _empty(B, L, dtype=torch.float32), _empty(2 * D, dtype=torch.float32)
-    rows, flat = y.flatten(0, 1), mean.flatten()
-    H = D // (width or 128)
-    q, kv = _empty(Q, H, width, dtype=dtype), _empty(B, L, 2, H, width, dtype=dtype)
-    k, v = kv.unbind(2)
-    dk, dv = torch.empty_like(kv).unbind(2)
-    mask = _empty(B, 1, Q, L, dtype=dtype) if "masked" in kernel else None
-    out, stats = _empty(B, Q, H, width, dtype=dtype), _empty(B, H, Q, dtype=torch.float32)
-    table, squares = _empty(L, 2 * D, dtype=dtype), _empty(32, B * L, dtype=torch.float32)
-    folded = {"bias": table[0], "squares": squares, "eps": 1e-12}
-    backward = (q, k, v, mask, out, stats, None if mask is None else stats, stats)
-    launches: dict[str, Callable[[], object]] = {
-        "linear": lambda: linear.linear_fwd(x, weight[:D, :C].contiguous(), statistics=True),
-        "linear_table": lambda: linear.linear_fwd(
-            y, weight, mean=mean, rstd=mean, weight_sum=sums, shift=sums, table=y[0]
-        ),
-        "linear_bwd_weight": lambda: linear_bwd_weight(
-            y, y, bias=True, mean=mean, rstd=mean, gain=gain, shift=gain
-        ),
-        "cross_attention_fwd": lambda: cross_attention.cross_attention_fwd(
-            q, k, v, mask, statistics=True
-        ),
-        "linear_squares": lambda: linear.linear_fwd(
-            x, weight[:C, :C].contiguous(), bias=gain[:C], store=False, triangular=True
-        ),
-        "linear_folded": lambda: linear.linear_fwd(y, weight, **folded),
-        "linear_table_folded": lambda: linear.linear_fwd(y, weight, **folded, table=table),
-        "cross_attention_bwd_dkv": lambda: cross_attention_backward._dkv(dk, dv, *backward),
-        "cross_attention_bwd_dq": lambda: cross_attention_backward._dq(*backward),
-        "layer_norm_fwd": lambda: layer_norm.layer_norm_fwd(
-            rows, gain, gain, 1e-12, out_dtype=dtype, in_place=False, statistics=True
-        ),
-        "layer_norm_bwd": lambda: layer_norm.layer_norm_bwd(rows, rows, flat, flat, gain),
-        "fold_gain": lambda: layer_norm.fold_gain(weight, gain, gain, weight[:, 0]),
-        "merge_statistics": lambda: linear.merge_statistics(
-            _empty(2, 32, B * L, dtype=torch.float32), mean, mean, D, 128, 1e-12
-        ),
-        "delta": lambda: cross_attention_backward._delta(out, out),
-    }
-    launches[kernel.removesuffix("_wide").removesuffix("_masked")]()
+    width = head_width(kernel)
+    heads = 4096 // width
+    EXAMPLES[kernel].call(registry.Sizes(width=width, heads=heads, dtype=DTYPES[dtype]))
 
 
 def read(kernel: Any, arch: int) -> dict[str, Any]:
@@ -257,11 +218,10 @@ def compile_row(
     Raises:
         RuntimeError: If it does not compile; the message has the configuration.
     """
-    width = 144 if kernel.endswith("_wide") else 128
     _set_precision(precision)
     only = mock.patch.object(configs, "candidates", return_value=(config,))
     with compiling_for(GPUTarget("cuda", arch, 32)) as compiled, only:
-        call(kernel, DTYPES[dtype], width)
+        call(kernel, dtype)
     _, result, seconds = compiled[-1]
     return Row(
         kernel,
@@ -270,7 +230,7 @@ def compile_row(
         precision,
         "" if config is None else str(config),
         first,
-        width if "attention" in kernel or kernel == "delta" else 0,
+        head_width(kernel) if "d" in "".join(EXAMPLES[kernel].products) else 0,
         seconds=round(seconds, 2),
         **read(result, arch),
     )
@@ -287,16 +247,18 @@ def jobs(
     for dtype in dtypes:
         precisions = ("ieee", "tf32") if dtype == "fp32" else ("ieee",)
         for arch in archs:
-            for kernel, precision in itertools.product(PRODUCTS_AND_ATTENTION, precisions):
-                _set_precision(precision)
+            for (kernel, example), precision in itertools.product(EXAMPLES.items(), precisions):
+                if not example.table:
+                    continue
                 seen = set()
-                for config in configs.shipped(FOLDED.get(kernel, kernel), DTYPES[dtype], arch):
+                for config in configs.shipped(example.table, DTYPES[dtype], arch, precision):
                     first = config.descriptors not in seen
                     seen.add(config.descriptors)
                     if first or not first_only:
                         yield kernel, arch, dtype, config, first, precision
-            for kernel in ROW_KERNELS:
-                yield kernel, arch, dtype, None, True, "ieee"
+            for kernel, example in EXAMPLES.items():
+                if not example.table:
+                    yield kernel, arch, dtype, None, True, "ieee"
 
 
 def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
@@ -306,14 +268,13 @@ def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
         Bytes of shared memory, of which there are :data:`AMD_SHARED`, and matrix instructions.
     """
     _set_precision("tf32")
-    width = 144 if kernel.endswith("_wide") else 128
     default: tuple[Config | None, ...] = (None,)
-    if kernel in PRODUCTS_AND_ATTENTION:
-        kernel_of_table = FOLDED.get(kernel, kernel)
-        default = configs.shipped(kernel_of_table, DTYPES[dtype], configs.nearest("gfx942"))[:1]
+    if table := EXAMPLES[kernel].table:
+        arch = configs.nearest("gfx942")
+        default = configs.shipped(table, DTYPES[dtype], arch, "tf32")[:1]
     only = mock.patch.object(configs, "candidates", return_value=default)
     with compiling_for(GPUTarget("hip", "gfx942", 64)) as compiled, only:
-        call(kernel, DTYPES[dtype], width)
+        call(kernel, dtype)
     result = compiled[-1][1]
     return result.metadata.shared, result.asm["amdgcn"].count("v_mfma")
 
@@ -333,7 +294,8 @@ def complaints(row: Row) -> list[str]:
     want(row.blocks >= 1, "no block fits an SM")
     want(row.tensor_memory <= 512, f"{row.tensor_memory} columns of tensor memory")
     if not row.config:
-        want(row.kernel == "merge_statistics" or row.count("LDG.128") > 0, "no 128-bit loads")
+        narrow_loads = not EXAMPLES[row.kernel].wide_loads
+        want(narrow_loads or row.count("LDG.128") > 0, "no 128-bit loads")
         return found
     matrix = sum(n for name, n in row.instructions.items() if "MMA" in name)
     if row.dtype == "fp32" and row.precision == "ieee":
@@ -348,38 +310,17 @@ def complaints(row: Row) -> list[str]:
     return found
 
 
-# Operands that move through descriptors, and the products of one pass through the loop: the
-# dimensions, among rows q, keys l and head width d, of (output rows, output columns, depth).
-_OPERANDS = {
-    "linear": 2,
-    "linear_squares": 2,
-    "linear_folded": 2,
-    "linear_table": 3,
-    "linear_table_folded": 3,
-    "linear_bwd_weight": 2,
-}
-_ATTENTION = {
-    "cross_attention_fwd": (3, ("qld", "qdl")),
-    "cross_attention_bwd_dkv": (4, ("lqd", "ldq", "lqd", "ldq")),
-    "cross_attention_bwd_dq": (4, ("qld", "qld", "qdl")),
-}
-
-
-def _products(row: Row) -> tuple[int, list[tuple[int, int, int]]]:
-    """Descriptor operands, and rows, columns and depth of the products of one pass."""
-    blocks = tuple(map(int, row.config.split("/")[0].split("x")))
-    name = row.kernel.removesuffix("_wide").removesuffix("_masked")
-    if name in _OPERANDS:
-        return _OPERANDS[name], [(blocks[0], blocks[1], blocks[2])]
-    operands, products = _ATTENTION[name]
-    padded = 128 if row.width <= 128 else 256
-    sizes = {"q": blocks[0], "l": blocks[1], "d": padded}
-    return operands, [(sizes[names[0]], sizes[names[1]], sizes[names[2]]) for names in products]
+def _products(row: Row) -> list[tuple[int, int, int]]:
+    """Rows, columns and depth of the products of one pass through the loop."""
+    example = EXAMPLES[row.kernel]
+    blocks = map(int, row.config.split("/")[0].split("x"))
+    sizes = dict(zip(example.tile, blocks, strict=True)) | {"d": 128 if row.width <= 128 else 256}
+    return [(sizes[m], sizes[n], sizes[k]) for m, n, k in example.products]
 
 
 def _product_complaints(row: Row) -> list[str]:
     """Bars on the instructions of 16-bit products."""
-    operands, products = _products(row)
+    products, operands = _products(row), EXAMPLES[row.kernel].descriptors
     warps = int(row.config.split("/")[1].split("w")[0])
     descriptors = row.config.endswith("descriptors")
     found = []
@@ -396,11 +337,11 @@ def _product_complaints(row: Row) -> list[str]:
                 found.append(f"{row.count('HGMMA')} HGMMA instead of {exact}")
         elif row.count("HGMMA") == 0:
             found.append("no HGMMA")
-        two = ("linear_table", "linear_table_folded", "linear_bwd_weight")
-        if row.kernel in two and row.first and descriptors:
-            found += [f"{row.blocks} block an SM instead of 2"] * (row.blocks < 2)
+        blocks = EXAMPLES[row.kernel].blocks
+        if row.blocks < blocks and row.first and descriptors:
+            found.append(f"{row.blocks} block an SM instead of {blocks}")
     elif row.arch == 100:
-        least = products[0][2] // 16 if "linear" in row.kernel else 12
+        least = products[0][2] // 16 if len(products) == 1 else 12
         if row.count("UTCHMMA") < least:
             found.append(f"{row.count('UTCHMMA')} UTCHMMA, fewer than {least}")
     else:
@@ -456,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _amd(dtypes: list[str]) -> int:
-    for kernel in (*PRODUCTS_AND_ATTENTION, *ROW_KERNELS):
+    for kernel in EXAMPLES:
         for name in dtypes:
             shared, mfma = compile_amd(kernel, name)
             print(f"gfx942 {kernel} {name}: {shared} bytes shared, {mfma} v_mfma")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,39 +27,6 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
-
-
-def _product(args: Mapping[str, Any]) -> int:
-    return 2 * args["M"] * args["N"] * args["K"]
-
-
-def _linear(args: Mapping[str, Any]) -> int:
-    """A product whose kernel skips the tiles in which a triangular weight is zero."""
-    if not args["TRIANGULAR"]:
-        return _product(args)
-    N, K, columns, depth = (args[name] for name in ("N", "K", "BLOCK_N", "BLOCK_K"))
-    first_columns = range(0, N, columns)
-    done = sum((K - n // depth * depth) * min(columns, N - n) for n in first_columns)
-    return 2 * args["M"] * done
-
-
-def _attention_products(count: int) -> Callable[[Mapping[str, Any]], int]:
-    """FLOPs of so many products of queries, keys and head width, for every image and head."""
-
-    def flops(args: Mapping[str, Any]) -> int:
-        batch, keys, heads, width = args["k_ptr"].shape
-        return 2 * count * batch * heads * args["queries"] * keys * width
-
-    return flops
-
-
-KERNEL_FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "_linear_fwd_kernel": _linear,
-    "_linear_bwd_weight_kernel": _product,
-    "_cross_attention_fwd_kernel": _attention_products(2),
-    "_cross_attention_bwd_dkv_kernel": _attention_products(4),
-    "_cross_attention_bwd_dq_kernel": _attention_products(3),
-}
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -211,41 +177,30 @@ class _Recorder(TorchDispatchMode):
 
     def _look_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation's body on fake tensors, its kernels written down instead of started."""
-        from visproj.kernels import (
-            cross_attention,
-            cross_attention_backward,
-            launch,
-            linear,
-            linear_backward,
-        )
+        from visproj.kernels import configs, launch
 
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(launch, "start", self._kernel))
+        with (
+            mock.patch.object(launch, "start", self._kernel),
             # Nothing starts, so there is nothing to time and remember.
-            stack.enter_context(mock.patch.dict(os.environ, VISPROJ_AUTOTUNE="0"))
-            for module in (cross_attention, cross_attention_backward, linear, linear_backward):
-                # Fake tensors have no address.
-                stack.enter_context(mock.patch.object(module, "describable", return_value=True))
-            stack.enter_context(self)
+            mock.patch.dict(os.environ, VISPROJ_AUTOTUNE="0"),
+            # Fake tensors have no address.
+            mock.patch.object(configs, "describable", return_value=True),
+            self,
+        ):
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
 
     def _kernel(
-        self,
-        kernel: Any,
-        programs: int,
-        args: tuple[Any, ...],
-        constants: dict[str, Any],
-        config: object,
+        self, kernel: Any, programs: int, arguments: dict[str, Any], config: object
     ) -> None:
         """A kernel writes what nothing has read or written before it."""
-        named = dict(zip(kernel.arg_names, args, strict=False))
-        tensors = [x for x in named.values() if isinstance(x, Tensor)]
+        from visproj.kernels.registry import FLOPS
+
+        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
         seen = self._from_inputs | self._from_weights
         read = [x for x in tensors if self._storage(x) in seen]
         written = [x for x in tensors if self._storage(x) not in seen]
         name = kernel.__name__
-        flops = KERNEL_FLOPS.get(name, lambda _: 0)({**named, **constants})
-        self._add(name, flops, read, written)
+        self._add(name, FLOPS[name](arguments), read, written)
 
 
 def touched_bytes(x: Tensor) -> int:

@@ -9,12 +9,17 @@ depth of a product, and queries x keys of attention.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-from visproj.kernels.launch import Config, architecture, dot_precision, switched_on
+from visproj.kernels.device import architecture, switched_on
+from visproj.kernels.launch import Config
+from visproj.kernels.layout import describable
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -156,32 +161,46 @@ _SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
 _COLUMN = {80: 0, 86: 1, 89: 1, 90: 2, 100: 3, 120: 4}
 
 
-def candidates(kernel: str, dtype: torch.dtype, *, descriptors: bool) -> tuple[Config, ...]:
-    """Configurations for the current device, best first.
+def candidates(
+    kernel: str, operands: Sequence[Tensor | None], precision: str
+) -> tuple[Config, ...]:
+    """Configurations for the device of the operands, best first.
 
     Args:
         kernel: One of :data:`KERNELS`.
-        dtype: Of the operands.
-        descriptors: Whether the operands are aligned for descriptors. Without, and with
-            ``VISPROJ_DESCRIPTORS=0``, only those with pointers remain.
+        operands: What moves through tiles. Where descriptors cannot address all of it, and with
+            ``VISPROJ_DESCRIPTORS=0``, only the configurations with pointers remain.
+        precision: Of fp32 products, ``"ieee"`` or ``"tf32"``.
 
     Raises:
         ValueError: If ``VISPROJ_DESCRIPTORS`` is neither 0 nor 1.
     """
-    found = shipped(kernel, dtype, nearest(architecture()))
-    if switched_on("VISPROJ_DESCRIPTORS") and descriptors:
-        return found
-    return tuple(config for config in found if not config.descriptors)
+    first: Any = operands[0]
+    arch = architecture(first.device)
+    found, pointers = _found(kernel, first.dtype, precision, arch)
+    if not switched_on("VISPROJ_DESCRIPTORS") or found is pointers:
+        return pointers
+    return found if describable(*operands) else pointers
 
 
-def shipped(kernel: str, dtype: torch.dtype, arch: int) -> tuple[Config, ...]:
+@cache
+def _found(
+    kernel: str, dtype: torch.dtype, precision: str, arch: int | str
+) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
+    """All configurations, and those with pointers: the same tuple if there are no others."""
+    found = shipped(kernel, dtype, nearest(arch), precision)
+    pointers = tuple(config for config in found if not config.descriptors)
+    return found, found if pointers == found else pointers
+
+
+def shipped(kernel: str, dtype: torch.dtype, arch: int, precision: str) -> tuple[Config, ...]:
     """The table's row of ``kernel`` on an architecture of the table."""
     if dtype != torch.float32:
         choices = _parse(_HALF[kernel][_COLUMN[arch]])
         # On sm_120 triton 3.6 writes to the stack beside every descriptor's load.
         pointers = arch == 120 and triton.__version__.startswith("3.6.")
         return tuple(c for c in choices if not (pointers and c.descriptors))
-    table = _SINGLE[dot_precision(dtype)]
+    table = _SINGLE[precision]
     wide = "_wide" if kernel.endswith("_wide") else ""
     names = [name for name in table if kernel.startswith(name.removesuffix("_wide"))]
     names = [name for name in names if name.endswith("_wide") == bool(wide)] or names

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -10,14 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels import configs
-from visproj.kernels.launch import (
-    Config,
-    describable,
-    dot_precision,
-    launch,
-    on_its_device,
-    unit_columns,
-)
+from visproj.kernels.device import dot_precision
+from visproj.kernels.launch import Config, launch
+from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 # Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
@@ -87,7 +86,7 @@ def softmax_scores(dots, mask_ptr, cells, scale):
 
 @triton.jit
 def power(x, MASKED: tl.constexpr):
-    """The exponential that belongs to the units of :func:`softmax_scores`."""
+    """The exponential in the units of :func:`softmax_scores`."""
     if MASKED:
         x = x * LOG2E
     return tl.math.exp2(x)
@@ -188,7 +187,6 @@ def _cross_attention_fwd_kernel(
         tl.store(lse_ptr + flat, lse, mask=in_rows)
 
 
-@on_its_device
 def cross_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -206,83 +204,127 @@ def cross_attention_fwd(
         ``[B, Q, H, d]`` in the dtype of ``q``, and fp32 ``[1, B, H, Q]``: the log2-sum-exp2 of the
         scores in units of log 2. With a mask ``[2, B, H, Q]``: the largest score, and log2 of the
         sum of exponentials. Beside a score of ``finfo.min``, which a mask may cause, their sum
-        would lose the second.
+        would lose the second of them.
     """
     queries, heads, width = q.shape[-3:]
     batch, keys = k.shape[:2]
-    q, k, v = (unit_columns(t) for t in (q, k, v))
+    q, k, v = unit_columns(q, k, v)
     out = q.new_empty(batch, queries, heads, width)
     parts = 1 if mask is None else 2
     stats = q.new_empty(parts, batch, heads, queries, dtype=torch.float32) if statistics else None
+    precision = dot_precision(q.dtype)
 
     def run(config: Config) -> None:
         block_q, block_l = config.blocks
         launch(
             _cross_attention_fwd_kernel,
             batch * heads * triton.cdiv(queries, block_q),
-            q,
-            k,
-            v,
-            mask,
-            out,
-            *statistics_parts(stats),
-            queries,
-            keys,
-            heads,
-            width,
-            1 / math.sqrt(width),
-            *head_strides(q),
-            *head_strides(k),
-            *head_strides(v),
-            *mask_strides(mask),
-            PRECISION=dot_precision(q.dtype),
+            **shared_arguments(q, k, v, mask, config, precision),
+            out_ptr=out,
+            lse_ptr=None if stats is None else stats[0],
+            log_sum_ptr=None if stats is None or mask is None else stats[1],
             TAIL=mask is None and keys % block_l != 0,
-            BLOCK_Q=block_q,
-            BLOCK_L=block_l,
-            WIDTH=padded_width(width),
-            DESCRIPTORS=config.descriptors,
-            config=config,
-            device=q.device,
         )
 
-    choices = attention_candidates("cross_attention_fwd", q, mask, describable(q, k, v))
+    choices = configs.candidates(table_row("cross_attention_fwd", q, mask), (q, k, v), precision)
     key = (batch * queries, keys, heads, width, mask is not None)
     run_best("cross_attention_fwd", key, choices, run, q)
     return out, stats
 
 
-def statistics_parts(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both pointers that the kernels take, from the statistics of :func:`cross_attention_fwd`."""
-    if stats is None:
-        return None, None
-    return stats[0], stats[1] if stats.shape[0] == 2 else None
+def shared_arguments(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Config, precision: str
+) -> dict[str, Any]:
+    """Return the arguments of a launch that forward and backward have in common."""
+    _, keys, heads, width = k.shape
+    stride_mask_batch, stride_mask_head, stride_mask_row = (
+        0 if mask is None or mask.shape[i] == 1 else mask.stride(i) for i in range(3)
+    )
+    return {
+        "config": config,
+        "device": q.device,
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "mask_ptr": mask,
+        "queries": q.shape[-3],
+        "keys": keys,
+        "heads": heads,
+        "width": width,
+        "scale": 1 / math.sqrt(width),
+        "stride_q_batch": 0 if q.ndim == 3 else q.stride(0),
+        "stride_q_row": q.stride(-3),
+        "stride_q_head": q.stride(-2),
+        "stride_k_batch": k.stride(0),
+        "stride_k_row": k.stride(1),
+        "stride_k_head": k.stride(2),
+        "stride_v_batch": v.stride(0),
+        "stride_v_row": v.stride(1),
+        "stride_v_head": v.stride(2),
+        "stride_mask_batch": stride_mask_batch,
+        "stride_mask_head": stride_mask_head,
+        "stride_mask_row": stride_mask_row,
+        "PRECISION": precision,
+        "BLOCK_Q": config.blocks[0],
+        "BLOCK_L": config.blocks[1],
+        "WIDTH": padded_width(width),
+        "DESCRIPTORS": config.descriptors,
+    }
 
 
-def attention_candidates(
-    kernel: str, q: Tensor, mask: Tensor | None, descriptors: bool
-) -> tuple[Config, ...]:
-    """Configurations for the padded head width, with or without a mask."""
-    wide = "_wide" if padded_width(q.shape[-1]) > 128 else ""
-    masked = "" if mask is None else "_masked"
-    return configs.candidates(kernel + masked + wide, q.dtype, descriptors=descriptors)
+def table_row(kernel: str, q: Tensor, mask: Tensor | None) -> str:
+    """Return the name of the configurations for this head width, with or without a mask."""
+    wide = "_wide" if q.shape[-1] > 128 else ""
+    return kernel + ("" if mask is None else "_masked") + wide
 
 
 def padded_width(width: int) -> int:
-    """Columns of a tile that holds one head."""
+    """Return the columns of a tile that holds one head."""
     return max(16, triton.next_power_of_2(width))
 
 
-def head_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head; 0 for a batch that shares ``x``."""
-    return (0 if x.ndim == 3 else x.stride(0)), x.stride(-3), x.stride(-2)
+def product_flops(count: int) -> Callable[[Mapping[str, Any]], int]:
+    """Return the FLOPs of ``count`` products of queries, keys and head width in every head."""
+
+    def flops(arguments: Mapping[str, Any]) -> int:
+        batch, keys, heads, width = arguments["k_ptr"].shape
+        return 2 * count * batch * heads * arguments["queries"] * keys * width
+
+    return flops
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
-    """Strides of batch, head and query, 0 where the mask is shared."""
-    if mask is None:
-        return 0, 0, 0
-    batch, head, row = (
-        0 if size == 1 else stride
-        for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)
-    )
-    return batch, head, row
+MASKED = {"": False, "_masked": True}
+
+
+def example_operands(s: Sizes, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return queries, keys, values and a mask for an example."""
+    q = s.tensor(*([] if s.shared else [s.images]), s.queries, s.heads, s.width)
+    k, v = s.tensor(s.images, s.length, 2, s.heads, s.width).unbind(2)
+    padded = triton.cdiv(s.length, 128) * 128
+    return q, k, v, s.tensor(s.images, 1, s.queries, padded) if masked else None
+
+
+def _example(s: Sizes, masked: bool, statistics: bool) -> object:
+    return cross_attention_fwd(*example_operands(s, masked), statistics=statistics)
+
+
+register(
+    _cross_attention_fwd_kernel,
+    flops=product_flops(2),
+    examples={
+        f"cross_attention_fwd{name}": Example(
+            partial(_example, masked=masked, statistics=True),
+            table=f"cross_attention_fwd{name}",
+            tile="ql",
+            products=("qld", "qdl"),
+            descriptors=3,
+        )
+        for name, masked in MASKED.items()
+    }
+    | {
+        f"cross_attention_fwd{name}_alone": Example(
+            partial(_example, masked=masked, statistics=False), compiled=False
+        )
+        for name, masked in MASKED.items()
+    },
+)

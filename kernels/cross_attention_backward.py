@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from visproj.kernels import configs
 from visproj.kernels.cross_attention import (
     LOG2E,
+    MASKED,
     NO_CONSTANTS,
-    attention_candidates,
     describe_head,
-    head_strides,
+    example_operands,
     load_tile,
-    mask_strides,
     padded_width,
+    product_flops,
+    shared_arguments,
     softmax_scores,
-    statistics_parts,
+    table_row,
 )
-from visproj.kernels.launch import (
-    Config,
-    describable,
-    dot_precision,
-    launch,
-    multiprocessors,
-    on_its_device,
-    unit_columns,
-)
+from visproj.kernels.device import dot_precision, multiprocessors
+from visproj.kernels.launch import Config, launch
+from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -77,16 +75,16 @@ def _probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dkv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    dout_ptr,
-    lse_ptr,
-    log_sum_ptr,
-    delta_ptr,
-    dk_ptr,  # [batch, keys, heads, width] with the strides of dv
-    dv_ptr,
+    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    k_ptr,  # [batch, keys, heads, width]
+    v_ptr,  # [batch, keys, heads, width]
+    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
+    dout_ptr,  # [batch, queries, heads, width]
+    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
+    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
+    delta_ptr,  # [batch, heads, queries]
+    dk_ptr,  # [batch, keys, heads, width], heads and their widths contiguous
+    dv_ptr,  # [batch, keys, heads, width] with the strides of dk
     queries,
     keys,
     heads,
@@ -184,14 +182,14 @@ def _cross_attention_bwd_dkv_kernel(
 
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    dout_ptr,
-    lse_ptr,
-    log_sum_ptr,
-    delta_ptr,
+    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    k_ptr,  # [batch, keys, heads, width]
+    v_ptr,  # [batch, keys, heads, width]
+    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
+    dout_ptr,  # [batch, queries, heads, width]
+    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
+    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
+    delta_ptr,  # [batch, heads, queries]
     dq_ptr,  # [parts, queries, heads, width]
     batch,
     queries,
@@ -290,7 +288,19 @@ def _cross_attention_bwd_dq_kernel(
     tl.store(dq_ptr + cells, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@on_its_device
+class Given(NamedTuple):
+    """What both halves of the backward read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    dout: Tensor
+    lse: Tensor
+    log_sum: Tensor | None
+    delta: Tensor
+
+
 def cross_attention_bwd(
     dout: Tensor,
     q: Tensor,
@@ -318,94 +328,73 @@ def cross_attention_bwd(
     Returns:
         ``dq`` in the shape of ``q``, for shared queries summed over the batch in a fixed order.
     """
-    q, k, v = (unit_columns(t) for t in (q, k, v))
+    q, k, v = unit_columns(q, k, v)
     dout = dout.contiguous()
-    operands = (q, k, v, mask, dout, *statistics_parts(stats), _delta(out, dout))
-    _dkv(dk, dv, *operands)
-    return _dq(*operands)
+    log_sum = None if mask is None else stats[1]
+    given = Given(q, k, v, mask, dout, stats[0], log_sum, cross_attention_bwd_delta(out, dout))
+    cross_attention_bwd_dkv(given, dk, dv)
+    return cross_attention_bwd_dq(given)
 
 
-def _delta(out: Tensor, dout: Tensor) -> Tensor:
+def cross_attention_bwd_delta(out: Tensor, dout: Tensor) -> Tensor:
+    """Return the sums of ``out * dout`` over the head width, fp32 ``[B, H, Q]``."""
     batch, queries, heads, width = out.shape
     delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
     block = max(1, min(64, 8192 // padded_width(width)))
     launch(
         _cross_attention_bwd_delta_kernel,
         batch * heads * triton.cdiv(queries, block),
-        out,
-        dout,
-        delta,
-        queries,
-        heads,
-        width,
-        BLOCK_Q=block,
-        WIDTH=padded_width(width),
         config=Config((block,), warps=4, stages=1),
         device=out.device,
+        out_ptr=out,
+        dout_ptr=dout,
+        delta_ptr=delta,
+        queries=queries,
+        heads=heads,
+        width=width,
+        BLOCK_Q=block,
+        WIDTH=padded_width(width),
     )
     return delta
 
 
-def _dkv(
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dout: Tensor,
-    *statistics: Tensor | None,
-) -> None:
+def cross_attention_bwd_dkv(given: Given, dk: Tensor, dv: Tensor) -> None:
+    """Fill ``dk`` and ``dv``."""
+    q, k, v, mask, dout, lse, log_sum, delta = given
     batch, keys, heads, width = k.shape
     queries = q.shape[-3]
+    precision = dot_precision(q.dtype)
 
     def run(config: Config) -> None:
-        block_q, block_l = config.blocks
         launch(
             _cross_attention_bwd_dkv_kernel,
-            batch * heads * triton.cdiv(keys, block_l),
-            q,
-            k,
-            v,
-            mask,
-            dout,
-            *statistics,
-            dk,
-            dv,
-            queries,
-            keys,
-            heads,
-            width,
-            1 / math.sqrt(width),
-            *head_strides(q),
-            *head_strides(k),
-            *head_strides(v),
-            *mask_strides(mask),
-            dk.stride(0),
-            dk.stride(1),
-            PRECISION=dot_precision(q.dtype),
-            BLOCK_Q=block_q,
-            BLOCK_L=block_l,
-            WIDTH=padded_width(width),
-            DESCRIPTORS=config.descriptors,
-            config=config,
-            device=q.device,
+            batch * heads * triton.cdiv(keys, config.blocks[1]),
+            **shared_arguments(q, k, v, mask, config, precision),
+            dout_ptr=dout,
+            lse_ptr=lse,
+            log_sum_ptr=log_sum,
+            delta_ptr=delta,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            stride_dk_batch=dk.stride(0),
+            stride_dk_row=dk.stride(1),
         )
 
-    choices = attention_candidates("cross_attention_bwd_dkv", q, mask, describable(q, k, v, dout))
+    row = table_row("cross_attention_bwd_dkv", q, mask)
+    choices = configs.candidates(row, (q, k, v, dout), precision)
     key = (batch * keys, queries, heads, width, mask is not None)
     run_best("cross_attention_bwd_dkv", key, choices, run, q)
 
 
-def _dq(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout: Tensor, *statistics: Tensor | None
-) -> Tensor:
+def cross_attention_bwd_dq(given: Given) -> Tensor:
+    """Return ``dq`` in the shape of ``q``."""
+    q, k, v, mask, dout, lse, log_sum, delta = given
     batch, keys, heads, width = k.shape
     queries = q.shape[-3]
     shared = q.ndim == 3
-    workspace: list[Tensor] = []
+    precision = dot_precision(q.dtype)
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> Tensor:
         block_q, block_l = config.blocks
         tiles = heads * triton.cdiv(queries, block_q)
         parts = batch
@@ -415,42 +404,77 @@ def _dq(
         parts = triton.cdiv(batch, per_part)
         dtype = q.dtype if parts == 1 or not shared else torch.float32
         dq = q.new_empty(parts, queries, heads, width, dtype=dtype)
-        workspace[:] = [dq]
         launch(
             _cross_attention_bwd_dq_kernel,
             parts * tiles,
-            q,
-            k,
-            v,
-            mask,
-            dout,
-            *statistics,
-            dq,
-            batch,
-            queries,
-            keys,
-            heads,
-            width,
-            per_part,
-            1 / math.sqrt(width),
-            *head_strides(q),
-            *head_strides(k),
-            *head_strides(v),
-            *mask_strides(mask),
-            PRECISION=dot_precision(q.dtype),
+            **shared_arguments(q, k, v, mask, config, precision),
+            dout_ptr=dout,
+            lse_ptr=lse,
+            log_sum_ptr=log_sum,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            batch=batch,
+            images_per_part=per_part,
             TAIL=mask is None and keys % block_l != 0,
-            BLOCK_Q=block_q,
-            BLOCK_L=block_l,
-            WIDTH=padded_width(width),
-            DESCRIPTORS=config.descriptors,
-            config=config,
-            device=q.device,
         )
+        return dq
 
-    choices = attention_candidates("cross_attention_bwd_dq", q, mask, describable(q, k, v, dout))
+    row = table_row("cross_attention_bwd_dq", q, mask)
+    choices = configs.candidates(row, (q, k, v, dout), precision)
     key = (batch * queries, keys, heads, width, mask is not None, shared)
-    run_best("cross_attention_bwd_dq", key, choices, run, q)
-    dq = workspace[0]
+    dq = run_best("cross_attention_bwd_dq", key, choices, run, q)
     if not shared:
         return dq
     return dq[0] if dq.shape[0] == 1 else dq.sum(0).to(q.dtype)
+
+
+def _given_example(s: Sizes, masked: bool) -> Given:
+    q, k, v, mask = example_operands(s, masked)
+    dout = s.tensor(s.images, s.queries, s.heads, s.width)
+    lse, log_sum, delta = (s.statistics(s.images, s.heads, s.queries) for _ in range(3))
+    return Given(q, k, v, mask, dout, lse, log_sum if masked else None, delta)
+
+
+def _delta_example(s: Sizes) -> Tensor:
+    out, dout = (s.tensor(s.images, s.queries, s.heads, s.width) for _ in range(2))
+    return cross_attention_bwd_delta(out, dout)
+
+
+def _dkv_example(s: Sizes, masked: bool) -> None:
+    dk, dv = s.tensor(s.images, s.length, 2, s.heads, s.width).unbind(2)
+    cross_attention_bwd_dkv(_given_example(s, masked), dk, dv)
+
+
+def _dq_example(s: Sizes, masked: bool) -> Tensor:
+    return cross_attention_bwd_dq(_given_example(s, masked))
+
+
+register(_cross_attention_bwd_delta_kernel, {"delta": Example(_delta_example)})
+register(
+    _cross_attention_bwd_dkv_kernel,
+    flops=product_flops(4),
+    examples={
+        f"cross_attention_bwd_dkv{name}": Example(
+            partial(_dkv_example, masked=masked),
+            table=f"cross_attention_bwd_dkv{name}",
+            tile="ql",
+            products=("lqd", "ldq", "lqd", "ldq"),
+            descriptors=4,
+        )
+        for name, masked in MASKED.items()
+    },
+)
+register(
+    _cross_attention_bwd_dq_kernel,
+    flops=product_flops(3),
+    examples={
+        f"cross_attention_bwd_dq{name}": Example(
+            partial(_dq_example, masked=masked),
+            table=f"cross_attention_bwd_dq{name}",
+            tile="ql",
+            products=("qld", "qld", "qdl"),
+            descriptors=4,
+        )
+        for name, masked in MASKED.items()
+    },
+)

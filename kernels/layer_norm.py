@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visproj.kernels.launch import Config, launch, multiprocessors, packed, unit_columns
-
-MAX_WIDTH = 16384  # a row is held in registers
+from visproj.kernels.device import multiprocessors
+from visproj.kernels.launch import Config, launch
+from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 
 
 @triton.jit
@@ -143,19 +146,21 @@ def layer_norm_fwd(
     if statistics:
         mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     config = _row_config(width)
+    gain, shift = unit_columns(gain, shift)
     launch(
         _layer_norm_fwd_kernel,
         x.numel() // width,
-        x,
-        *packed(gain, shift),
-        out,
-        mean,
-        rstd,
-        width,
-        eps,
-        BLOCK=config.blocks[0],
         config=config,
         device=x.device,
+        x_ptr=x,
+        gain_ptr=gain,
+        shift_ptr=shift,
+        out_ptr=out,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        width=width,
+        eps=eps,
+        BLOCK=config.blocks[0],
     )
     return out, mean, rstd
 
@@ -181,21 +186,24 @@ def layer_norm_bwd(
     programs = triton.cdiv(rows, per_program)
     partials = x.new_empty(2, programs, width, dtype=torch.float32)
     config = _row_config(width)
+    mean, rstd, gain = unit_columns(mean, rstd, gain)
     launch(
         _layer_norm_bwd_kernel,
         programs,
-        grad,
-        x,
-        *packed(mean, rstd, gain),
-        dx,
-        partials[0],
-        partials[1],
-        rows,
-        width,
-        per_program,
-        BLOCK=config.blocks[0],
         config=config,
         device=x.device,
+        grad_ptr=grad,
+        x_ptr=x,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        gain_ptr=gain,
+        dx_ptr=dx,
+        dgain_ptr=partials[0],
+        dshift_ptr=partials[1],
+        M=rows,
+        width=width,
+        rows_per_program=per_program,
+        BLOCK=config.blocks[0],
     )
     return dx, partials[0].sum(0), partials[1].sum(0)
 
@@ -212,22 +220,59 @@ def fold_gain(
         ``[N, K]`` in the dtype of ``weight``; fp32 ``[N]`` twice.
     """
     N, K = weight.shape
-    weight = unit_columns(weight)
+    weight, gain, shift, bias = unit_columns(weight, gain, shift, bias)
     folded = weight.new_empty(N, K)
     row_sum, constant = (weight.new_empty(N, dtype=torch.float32) for _ in range(2))
     config = Config((min(1024, max(128, triton.next_power_of_2(K))),), warps=4, stages=1)
     launch(
         _fold_gain_kernel,
         N,
-        weight,
-        *packed(gain, shift, bias),
-        folded,
-        row_sum,
-        constant,
-        K,
-        weight.stride(0),
-        BLOCK=config.blocks[0],
         config=config,
         device=weight.device,
+        weight_ptr=weight,
+        gain_ptr=gain,
+        shift_ptr=shift,
+        bias_ptr=bias,
+        folded_ptr=folded,
+        sum_ptr=row_sum,
+        constant_ptr=constant,
+        K=K,
+        stride_weight_row=weight.stride(0),
+        BLOCK=config.blocks[0],
     )
     return folded, row_sum, constant
+
+
+def _forward_example(s: Sizes, whole: bool) -> object:
+    x, gain = s.tensor(s.images * s.length, s.outputs), s.tensor(s.outputs)
+    shift, dtype = (gain, s.dtype) if whole else (None, torch.float32)
+    options: dict[str, Any] = {"out_dtype": dtype, "in_place": not whole, "statistics": whole}
+    return layer_norm_fwd(x, gain, shift, 1e-12, **options)
+
+
+def _backward_example(s: Sizes) -> object:
+    grad, x = (s.tensor(s.images * s.length, s.outputs) for _ in range(2))
+    mean = s.statistics(s.images * s.length)
+    return layer_norm_bwd(grad, x, mean, mean, s.tensor(s.outputs))
+
+
+def _fold_example(s: Sizes, whole: bool) -> object:
+    weight, gain = s.tensor(s.outputs, s.inputs), s.tensor(s.inputs)
+    return fold_gain(weight, gain, *((gain, s.tensor(s.outputs)) if whole else (None, None)))
+
+
+register(
+    _layer_norm_fwd_kernel,
+    {
+        "layer_norm_fwd": Example(lambda s: _forward_example(s, whole=True)),
+        "layer_norm_fwd_plain": Example(lambda s: _forward_example(s, False), compiled=False),
+    },
+)
+register(_layer_norm_bwd_kernel, {"layer_norm_bwd": Example(_backward_example)})
+register(
+    _fold_gain_kernel,
+    {
+        "fold_gain": Example(lambda s: _fold_example(s, whole=True)),
+        "fold_gain_plain": Example(lambda s: _fold_example(s, whole=False), compiled=False),
+    },
+)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels import configs
-from visproj.kernels.launch import (
-    Config,
-    describable,
-    dot_precision,
-    launch,
-    on_its_device,
-    packed,
-    unit_columns,
-)
+from visproj.kernels.device import dot_precision
+from visproj.kernels.launch import Config, launch
+from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -197,113 +195,131 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / N + eps), mask=rows < M)
 
 
-@on_its_device
-def linear_fwd(
+class Epilogue(NamedTuple):
+    """What follows a product: ``rstd (product + bias - mean * weight_sum) * gain + shift + table``.
+
+    ``squares`` and ``eps`` stand for an ``rstd`` of ``1 / sqrt(sum of squares + eps)``.
+    """
+
+    bias: Tensor | None = None  # [N]
+    mean: Tensor | None = None  # fp32 [B, L], together with weight_sum
+    rstd: Tensor | None = None  # fp32 [B, L]
+    weight_sum: Tensor | None = None  # fp32 [N]
+    gain: Tensor | None = None  # [N]
+    shift: Tensor | None = None  # [N]
+    table: Tensor | None = None  # [L, columns], added to the first columns of every image
+    squares: Tensor | None = None  # fp32 [parts, B * L]
+    eps: float = 0.0
+
+
+_PRODUCT_ALONE = Epilogue()
+
+
+def _launch_linear(
     x: Tensor,
     weight: Tensor,
+    epilogue: Epilogue,
     *,
-    bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    weight_sum: Tensor | None = None,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    table: Tensor | None = None,
     store: bool = True,
     statistics: bool = False,
     triangular: bool = False,
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """Launch ``rstd * (x Wᵀ + bias - mean * weight_sum) * gain + shift + table``.
-
-    Args:
-        x: ``[B, L, K]``; any strides, copied only where its last dimension is not contiguous.
-        weight: ``[N, K]``.
-        bias: ``[N]``.
-        mean: fp32 ``[B, L]``, together with ``weight_sum``.
-        rstd: fp32 ``[B, L]``.
-        squares: fp32 ``[parts, B * L]``, of a row the sums of squares that ``rstd`` follows from:
-            ``1 / sqrt(sum + eps)``.
-        eps: Beside ``squares``.
-        weight_sum: fp32 ``[N]``.
-        gain: ``[N]``.
-        shift: ``[N]``.
-        table: ``[L, columns]``, added to the first columns of every image.
-        store: Whether the result is wanted, else its rows' sums of squares are.
-        statistics: Whether mean and M2 of its rows are wanted.
-        triangular: Whether ``weight[n, k]`` is zero for ``k < n``.
+) -> tuple[Any, Any, int]:
+    """Launch the product of ``x`` ``[B, L, K]`` and ``weight`` ``[N, K]`` with its epilogue.
 
     Returns:
-        ``[B, L, N]`` or ``None``; of every row's part in a tile, fp32: mean and M2 ``[2, tiles,
-        B * L]``, sums of squares ``[1, tiles, B * L]``, or ``None``; the width of such a tile.
+        ``[B, L, N]``, ``None`` without ``store``. Of every row's part in a tile, fp32: mean and M2
+        ``[2, tiles, B * L]`` with ``statistics``, sums of squares ``[1, tiles, B * L]`` without
+        ``store``, else ``None``. The width of such a tile.
     """
     images, length, K = x.shape
     N = weight.shape[0]
-    x, weight = unit_columns(x), unit_columns(weight)
-    bias, mean, rstd, weight_sum, gain, shift = packed(bias, mean, rstd, weight_sum, gain, shift)
-    table = None if table is None else unit_columns(table)
+    squares, eps = epilogue.squares, epilogue.eps
+    mean, row_scale = (
+        None if rows is None else rows.flatten()
+        for rows in (epilogue.mean, epilogue.rstd if squares is None else squares)
+    )
+    x, weight, bias, mean, row_scale, weight_sum, gain, shift, table = unit_columns(
+        x,
+        weight,
+        epilogue.bias,
+        mean,
+        row_scale,
+        epilogue.weight_sum,
+        epilogue.gain,
+        epilogue.shift,
+        epilogue.table,
+    )
     if table is None and (images == 1 or x.stride(0) == length * x.stride(1)):
         images, length = 1, images * length  # no tile has a boundary to respect
+    M = images * length
     out = x.new_empty(*x.shape[:2], N) if store else None
-    workspace: list[Tensor | None] = [None]
+    precision = dot_precision(x.dtype)
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> tuple[Tensor | None, Tensor | None, int]:
         block_m, block_n, block_k = config.blocks
+        column_tiles = triton.cdiv(N, block_n)
+        partials = None
         if statistics or not store:
-            parts = (1 + statistics, triton.cdiv(N, block_n), images * length)
-            workspace[0] = x.new_empty(parts, dtype=torch.float32)
+            partials = x.new_empty(1 + statistics, column_tiles, M, dtype=torch.float32)
         launch(
             _linear_fwd_kernel,
-            images * triton.cdiv(length, block_m) * triton.cdiv(N, block_n),
-            x,
-            weight,
-            out,
-            bias,
-            mean,
-            rstd if squares is None else squares,
-            weight_sum,
-            gain,
-            shift,
-            table,
-            *_parts(workspace[0]),
-            None if squares is None else squares.shape[0],
-            eps,
-            images * length,
-            images,
-            length,
-            N,
-            K,
-            0 if table is None else table.shape[1],
-            x.stride(0),
-            x.stride(1),
-            weight.stride(0),
-            0 if table is None else table.stride(0),
+            images * triton.cdiv(length, block_m) * column_tiles,
+            config=config,
+            device=x.device,
+            x_ptr=x,
+            weight_ptr=weight,
+            out_ptr=out,
+            bias_ptr=bias,
+            mean_ptr=mean,
+            rstd_ptr=row_scale,
+            weight_sum_ptr=weight_sum,
+            gain_ptr=gain,
+            shift_ptr=shift,
+            table_ptr=table,
+            means_ptr=partials[0] if statistics and partials is not None else None,
+            squares_ptr=None if partials is None else partials[-1],
+            parts=None if squares is None else squares.shape[0],
+            eps=eps,
+            M=M,
+            images=images,
+            length=length,
+            N=N,
+            K=K,
+            table_columns=0 if table is None else table.shape[1],
+            stride_x_image=x.stride(0),
+            stride_x_row=x.stride(1),
+            stride_weight_row=weight.stride(0),
+            stride_table_row=0 if table is None else table.stride(0),
             TRIANGULAR=triangular,
             EVEN_K=K % block_k == 0,
-            PRECISION=dot_precision(x.dtype),
+            PRECISION=precision,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             GROUP_M=8,
             DESCRIPTORS=config.descriptors,
-            config=config,
-            device=x.device,
         )
+        return out, partials, block_n
 
     kernel = "linear_table" if table is not None else "linear"
-    choices = configs.candidates(kernel, x.dtype, descriptors=describable(x, weight, out, table))
-    scaled = rstd is not None or squares is not None
-    key = (images * length, N, K, statistics, store, triangular, scaled)
-    config = run_best(kernel, key, choices, run, x)
-    return out, workspace[0], config.blocks[1]
+    choices = configs.candidates(kernel, (x, weight, out, table), precision)
+    key = (M, N, K, statistics, store, triangular, row_scale is not None)
+    return run_best(kernel, key, choices, run, x)
 
 
-def _parts(partials: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Means, where there are any, and squares."""
-    if partials is None:
-        return None, None
-    return partials[0] if len(partials) > 1 else None, partials[-1]
+def linear_fwd(x: Tensor, weight: Tensor, epilogue: Epilogue = _PRODUCT_ALONE) -> Tensor:
+    """``x Wᵀ`` and what follows it.
+
+    Args:
+        x: ``[B, L, K]``; any strides, copied only where its last dimension is not contiguous.
+        weight: ``[N, K]``.
+        epilogue: What follows the product.
+
+    Returns:
+        ``[B, L, N]`` in the dtype of ``x``.
+    """
+    out, _, _ = _launch_linear(x, weight, epilogue)
+    return out
 
 
 def linear_statistics_fwd(
@@ -320,11 +336,26 @@ def linear_statistics_fwd(
     Returns:
         ``[B, L, N]`` in the dtype of ``x``; fp32 ``[B, L]`` twice.
     """
-    y, partials, tile = linear_fwd(x, weight, bias=bias, statistics=True)
+    y, partials, tile = _launch_linear(x, weight, Epilogue(bias=bias), statistics=True)
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     merge_statistics(partials, mean, rstd, weight.shape[0], tile, eps)
     return y, mean, rstd
+
+
+def row_squares_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Sums of squares of the rows of ``x Wᵀ + b`` for an upper triangular ``W``; nothing is stored.
+
+    Args:
+        x: ``[B, L, K]``.
+        weight: ``[<= K, K]``; tiles below its diagonal are skipped.
+        bias: ``[N]`` or ``None``.
+
+    Returns:
+        fp32 ``[parts, B * L]``, to be summed over the parts.
+    """
+    _, partials, _ = _launch_linear(x, weight, Epilogue(bias=bias), store=False, triangular=True)
+    return partials[0]
 
 
 def folded_linear_fwd(
@@ -339,8 +370,6 @@ def folded_linear_fwd(
 ) -> Tensor:
     """``rstd * (x Wᵀ + bias) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``.
 
-    Two launches: the first skips the zero tiles of ``R`` and stores only its rows' squares.
-
     Args:
         x: ``[B, L, K]``.
         weight: ``[N, K]``.
@@ -354,38 +383,93 @@ def folded_linear_fwd(
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
     """
-    _, partials, _ = linear_fwd(x, stats_weight, bias=stats_bias, store=False, triangular=True)
-    return linear_fwd(
-        x,
-        weight,
-        bias=bias,
-        squares=partials[0],
-        eps=eps,
-        shift=shift,
-        table=table,
-    )[0]
+    squares = row_squares_fwd(x, stats_weight, stats_bias)
+    epilogue = Epilogue(bias=bias, squares=squares, eps=eps, shift=shift, table=table)
+    return linear_fwd(x, weight, epilogue)
 
 
 def merge_statistics(
     partials: Tensor, mean: Tensor, rstd: Tensor, width: int, tile: int, eps: float
 ) -> None:
-    """Merge the statistics that :func:`linear_fwd` left in ``partials`` into ``mean``, ``rstd``."""
-    _, tiles, rows = partials.shape
+    """Merge means and M2 of the parts of rows, ``[2, tiles, M]``, into ``mean`` and ``rstd``."""
+    means, squares = partials
+    tiles, rows = means.shape
     block_t = triton.next_power_of_2(tiles)
     block_m = max(16, min(128, 4096 // block_t))
     launch(
         _merge_statistics_kernel,
         triton.cdiv(rows, block_m),
-        *_parts(partials),
-        mean,
-        rstd,
-        rows,
-        width,
-        tiles,
-        eps,
+        config=Config((block_m, block_t), warps=4, stages=1),
+        device=rstd.device,
+        means_ptr=means,
+        squares_ptr=squares,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        M=rows,
+        N=width,
+        tiles=tiles,
+        eps=eps,
         TILE=tile,
         BLOCK_M=block_m,
         BLOCK_T=block_t,
-        config=Config((block_m, block_t), warps=4, stages=1),
-        device=rstd.device,
     )
+
+
+def _flops(arguments: Mapping[str, Any]) -> int:
+    """Of a product whose kernel skips the tiles in which a triangular weight is zero."""
+    M, N, K = (arguments[name] for name in "MNK")
+    if not arguments["TRIANGULAR"]:
+        return 2 * M * N * K
+    columns, depth = arguments["BLOCK_N"], arguments["BLOCK_K"]
+    return 2 * M * sum((K - n // depth * depth) * min(columns, N - n) for n in range(0, N, columns))
+
+
+def _table_example(s: Sizes) -> Tensor:
+    mean, sums = s.statistics(s.images, s.length), s.statistics(s.outputs)
+    table = s.tensor(s.length, (s.outputs + 1) // 2)
+    epilogue = Epilogue(mean=mean, rstd=mean, weight_sum=sums, shift=sums, table=table)
+    return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
+
+
+def _folded_example(s: Sizes, table: bool) -> Tensor:
+    squares = s.statistics(triton.cdiv(s.inputs, 128), s.images * s.length)
+    added = s.tensor(s.length, s.outputs) if table else None
+    epilogue = Epilogue(bias=s.tensor(s.outputs), squares=squares, eps=1e-12, table=added)
+    return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
+
+
+def _merge_example(s: Sizes) -> None:
+    partials = s.statistics(2, triton.cdiv(s.outputs, 128), s.images * s.length)
+    mean, rstd = (s.statistics(s.images, s.length) for _ in range(2))
+    merge_statistics(partials, mean, rstd, s.outputs, 128, 1e-12)
+
+
+_PRODUCT: dict[str, Any] = {"tile": "mnk", "products": ("mnk",), "descriptors": 2}
+_PRODUCT_AND_TABLE = _PRODUCT | {"table": "linear_table", "descriptors": 3, "blocks": 2}
+register(
+    _linear_fwd_kernel,
+    flops=_flops,
+    examples={
+        "linear": Example(
+            lambda s: _launch_linear(
+                s.features(),
+                s.tensor(s.outputs, s.inputs),
+                Epilogue(bias=s.tensor(s.outputs)),
+                statistics=True,
+            ),
+            "linear",
+            **_PRODUCT,
+        ),
+        "linear_squares": Example(
+            lambda s: row_squares_fwd(
+                s.features(), s.tensor(s.inputs, s.inputs), s.tensor(s.inputs)
+            ),
+            "linear",
+            **_PRODUCT,
+        ),
+        "linear_folded": Example(lambda s: _folded_example(s, False), "linear", **_PRODUCT),
+        "linear_table": Example(_table_example, **_PRODUCT_AND_TABLE),
+        "linear_table_folded": Example(lambda s: _folded_example(s, True), **_PRODUCT_AND_TABLE),
+    },
+)
+register(_merge_statistics_kernel, {"merge_statistics": Example(_merge_example, wide_loads=False)})

@@ -1,4 +1,4 @@
-"""The weight and bias gradients of a Linear, with a LayerNorm in front of it recomputed."""
+"""The weight and bias gradients of a Linear, with a LayerNorm before it recomputed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels import configs
-from visproj.kernels.launch import (
-    Config,
-    describable,
-    dot_precision,
-    launch,
-    on_its_device,
-    packed,
-    unit_columns,
-)
+from visproj.kernels.device import dot_precision
+from visproj.kernels.launch import Config, launch
+from visproj.kernels.layout import unit_columns
+from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import run_best
 
 
@@ -114,7 +109,6 @@ def _linear_bwd_weight_kernel(
             tl.store(dbias_ptr + ns, dbias.to(dbias_ptr.dtype.element_ty), mask=ns < N)
 
 
-@on_its_device
 def linear_bwd_weight(
     grad: Tensor,
     x: Tensor,
@@ -144,43 +138,71 @@ def linear_bwd_weight(
     """
     images, length, K = x.shape
     N = grad.shape[-1]
-    grad, x = grad.contiguous(), unit_columns(x)
-    mean, rstd, gain, shift = packed(mean, rstd, gain, shift)
+    mean, rstd = (None if rows is None else rows.flatten() for rows in (mean, rstd))
+    x, mean, rstd, gain, shift = unit_columns(x, mean, rstd, gain, shift)
+    grad = grad.contiguous()
     dweight = x.new_empty(N, K)
     dbias = x.new_empty(N) if bias else None
     if images == 1 or x.stride(0) == length * x.stride(1):
         images, length = 1, images * length
+
+    precision = dot_precision(x.dtype)
 
     def run(config: Config) -> None:
         block_n, block_k, block_m = config.blocks
         launch(
             _linear_bwd_weight_kernel,
             triton.cdiv(N, block_n) * triton.cdiv(K, block_k),
-            grad,
-            x,
-            mean,
-            rstd,
-            gain,
-            shift,
-            dweight,
-            dbias,
-            images * length,
-            images,
-            length,
-            N,
-            K,
-            x.stride(0),
-            x.stride(1),
-            PRECISION=dot_precision(x.dtype),
+            config=config,
+            device=x.device,
+            grad_ptr=grad,
+            x_ptr=x,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            gain_ptr=gain,
+            shift_ptr=shift,
+            dweight_ptr=dweight,
+            dbias_ptr=dbias,
+            M=images * length,
+            images=images,
+            length=length,
+            N=N,
+            K=K,
+            stride_x_image=x.stride(0),
+            stride_x_row=x.stride(1),
+            PRECISION=precision,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             BLOCK_M=block_m,
             DESCRIPTORS=config.descriptors,
-            config=config,
-            device=x.device,
         )
 
-    choices = configs.candidates("linear_bwd_weight", x.dtype, descriptors=describable(grad, x))
+    choices = configs.candidates("linear_bwd_weight", (grad, x), precision)
     key = (images * length, N, K, mean is not None)
     run_best("linear_bwd_weight", key, choices, run, x)
     return dweight, dbias
+
+
+def _example(s: Sizes, norm: bool) -> object:
+    x, grad = s.features(), s.tensor(s.images, s.length, s.outputs)
+    if not norm:
+        return linear_bwd_weight(grad, x, bias=False)
+    mean, gain = s.statistics(s.images, s.length), s.tensor(s.inputs)
+    return linear_bwd_weight(grad, x, bias=True, mean=mean, rstd=mean, gain=gain, shift=gain)
+
+
+register(
+    _linear_bwd_weight_kernel,
+    flops=lambda arguments: 2 * arguments["M"] * arguments["N"] * arguments["K"],
+    examples={
+        "linear_bwd_weight": Example(
+            lambda s: _example(s, norm=True),
+            table="linear_bwd_weight",
+            tile="nkm",
+            products=("nkm",),
+            descriptors=2,
+            blocks=2,
+        ),
+        "linear_bwd_weight_plain": Example(lambda s: _example(s, norm=False), compiled=False),
+    },
+)

@@ -6,16 +6,20 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 from visproj.files import cache_folder, read_json_object, replacing
-from visproj.kernels.launch import INTERPRETING, Config, architecture, switched_on
+from visproj.kernels.device import INTERPRETING, architecture, switched_on
+from visproj.kernels.launch import Config
 
-_chosen: dict[str, str] = {}
+R = TypeVar("R")
+
+_chosen: dict[str, str] = {}  # what files say
+_remembered: dict[tuple[Any, ...], Config] = {}  # what was looked up or timed in this process
 _files_read: set[Path] = set()
 _lock = threading.Lock()  # held while timing as well: two threads would disturb each other
 
@@ -24,10 +28,10 @@ def run_best(
     kernel: str,
     shape: Sequence[Any],
     choices: Sequence[Config],
-    run: Callable[[Config], None],
+    run: Callable[[Config], R],
     like: Tensor,
-) -> Config:
-    """Call ``run`` with the best of ``choices`` and return that.
+) -> R:
+    """Return what ``run`` gives with the best of ``choices``.
 
     The first use of a kernel at a shape (its first entry, the rows, counted in powers of two) times
     every choice and remembers the fastest, in this process and in :func:`cache_file`. While a CUDA
@@ -41,11 +45,17 @@ def run_best(
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     config = choices[0]
-    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1 and not INTERPRETING:
-        with _lock:
-            config = _remembered_or_timed(kernel, shape, choices, run, like)
-    run(config)
-    return config
+    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1:
+        rows, *rest = shape
+        names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
+        key = (like.device, tuple(choices), *names)
+        if (known := _remembered.get(key)) is None:
+            with _lock, torch.cuda.device_of(like):
+                known = _read_or_timed(names, choices, run, like.device)
+            if known is not None:
+                _remembered[key] = known
+        config = known or config
+    return run(config)
 
 
 def cache_file() -> Path | None:
@@ -57,16 +67,17 @@ def cache_file() -> Path | None:
     return folder / f"autotune-{device}-triton-{triton.__version__}.json"
 
 
-def _remembered_or_timed(
-    kernel: str,
-    shape: Sequence[Any],
+def _read_or_timed(
+    names: tuple[Any, ...],
     choices: Sequence[Config],
-    run: Callable[[Config], None],
-    like: Tensor,
-) -> Config:
-    rows, *rest = shape
-    parts = (kernel, architecture(), like.dtype, triton.next_power_of_2(rows), *rest)
-    key = " ".join(map(str, parts))
+    run: Callable[[Config], Any],
+    device: torch.device,
+) -> Config | None:
+    """Return what an earlier process chose, else the fastest; ``None`` where nothing is timed."""
+    if INTERPRETING:
+        return None
+    kernel, *others = names
+    key = " ".join(map(str, (kernel, architecture(device), *others)))
     by_name = {str(choice): choice for choice in choices}
     path = cache_file()
     if path is not None and path not in _files_read:
@@ -75,7 +86,7 @@ def _remembered_or_timed(
     if (known := by_name.get(_chosen.get(key, ""))) is not None:
         return known
     if torch.cuda.is_current_stream_capturing() or _distributed():
-        return choices[0]
+        return None
     times = [
         triton.testing.do_bench(lambda c=choice: run(c), warmup=5, rep=20) for choice in choices
     ]

@@ -8,7 +8,7 @@ import torch
 from rounding import largest, rms, roundings, within
 
 from visproj.ops import cross_attention
-from visproj.reference.cross_attention import cast_mask
+from visproj.ops.cross_attention import cast_mask
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STYLES = ("pointers", "descriptors")
@@ -42,11 +42,12 @@ def small_tiles(monkeypatch, style="pointers", gemm=(32, 32, 32), attention=(32,
     """Have every launcher take small tiles; returns the set of styles that were launched."""
     from visproj.kernels import configs
     from visproj.kernels.launch import Config
+    from visproj.kernels.layout import describable
 
     styles = set()
 
-    def candidates(kernel, dtype, *, descriptors):
-        described = descriptors and style == "descriptors"
+    def candidates(kernel, operands, precision):
+        described = style == "descriptors" and describable(*operands)
         styles.add(STYLES[described])
         blocks = attention if "attention" in kernel else gemm
         return (Config(blocks, warps=4, stages=1, descriptors=described),)
@@ -116,7 +117,7 @@ def reversed_batch(x):
 
 
 def without_cls(x):
-    """The values of ``x`` behind a first row of NaN in every image."""
+    """The values of ``x`` after a first row of NaN in every image."""
     return torch.nn.functional.pad(x, (0, 0, 1, 0), value=math.nan)[:, 1:]
 
 

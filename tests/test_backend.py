@@ -256,7 +256,7 @@ def test_a_failing_kernel_is_an_error_with_its_configuration(operation, x, monke
     from visproj.kernels import configs
     from visproj.kernels.launch import Config
 
-    def impossible(kernel, dtype, *, descriptors):
+    def impossible(kernel, operands, precision):
         return (Config((48, 48) if "attention" in kernel else (48, 48, 48), warps=4, stages=3),)
 
     monkeypatch.setattr(configs, "candidates", impossible)

@@ -87,10 +87,20 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
         TypeError: If ``"triton"`` was asked for and ``x`` is fp64.
         ValueError: If the backend is unknown, or ``"triton"`` was asked for in an unsupported case.
     """
-    name = _choose(backend)
+    if backend is not None:
+        name = check_backend(backend, "backend")
+    elif latest := _thread.blocks[-1:] or _blocks[-1:]:
+        name = latest[0].name  # slices: another thread may empty the list before an index
+    else:
+        name = check_backend(os.environ.get("VISPROJ_BACKEND") or "auto", "VISPROJ_BACKEND")
     if name == "torch":
         return False
-    unsupported = unsupported or _transform()
+    # While compiling, the compiler is asked to trace the operation and says so itself.
+    stack = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    if stack is not None:
+        unsupported = unsupported or (
+            "transforms of torch.func (grad, vmap, jvp) are not supported by the custom operations"
+        )
     if name == "auto":
         return (
             x.device.type == "cuda"
@@ -110,25 +120,6 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
     if unsupported is not None:
         raise InputError(f"the Triton backend does not take this: {unsupported}")
     return True
-
-
-def _transform() -> str | None:
-    """The functorch transform that is being run, for which PyTorch's custom operations have none.
-
-    While compiling, the compiler is asked to trace the operation and says so itself.
-    """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return None
-    return "custom operations know no transforms of torch.func (grad, vmap, jvp)"
-
-
-def _choose(backend: str | None) -> str:
-    if backend is not None:
-        return check_backend(backend, "backend")
-    # Slices, because another thread may empty the list between a test and an index.
-    if latest := _thread.blocks[-1:] or _blocks[-1:]:
-        return latest[0].name
-    return check_backend(os.environ.get("VISPROJ_BACKEND") or "auto", "VISPROJ_BACKEND")
 
 
 def _why_not(device: torch.device) -> str | None:

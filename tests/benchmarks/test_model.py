@@ -106,7 +106,7 @@ def test_counting_tunes_nothing(monkeypatch):
     def timed(*_):
         raise RuntimeError("a kernel was timed")
 
-    monkeypatch.setattr(tuning, "_remembered_or_timed", timed)
+    monkeypatch.setattr(tuning, "_read_or_timed", timed)
     folded = fold(PerceiverProjector(32, 128).bfloat16(), triton=True)
     x = torch.randn(1, 257, 32).bfloat16()
     with use_backend("triton"):

@@ -93,15 +93,14 @@ class Case:
 
     Attributes:
         form: A key of :data:`PROJECTORS`.
-        inside: What the custom operations run, ``"torch"`` or ``"triton"``; ``None`` for the CPU's
-            own way, which uses none.
+        kernels: Whether the projectors run on interpreted kernels, else on PyTorch.
         recompute: Whether the projector runs in a non-reentrant checkpoint.
     """
 
     kind: str
     form: str = "ours"
     dtype: torch.dtype = torch.float32
-    inside: str | None = "torch"
+    kernels: bool = True
     recompute: bool = False
 
 
@@ -156,7 +155,7 @@ def train(case, step_loss, update, steps=range(STEPS)):
         steps: Numbers of the batches.
     """
     losses = []
-    with operations(case.inside) as calls:
+    with operations(case.kernels) as calls:
         for step in steps:
             loss = step_loss(*batch(case, step, dist.get_rank()))
             update(loss)
@@ -172,34 +171,25 @@ def mean(loss):
 
 
 @contextmanager
-def operations(inside):
-    """Have the projectors run as on a GPU, and count the custom operations they call.
-
-    With ``"torch"`` inside, the operations are told that PyTorch computes them, forward and
-    backward; everything around them, autograd included, is what the kernels have around them.
-    """
+def operations(kernels):
+    """Have the projectors run as on a GPU, and count the custom operations they call."""
     calls = Counter()
     with ExitStack() as stack:
-        if inside == "triton":
+        if kernels:
             stack.enter_context(use_backend("triton"))
         for name in ("cross_attention", "linear_layer_norm", "linear_norm_linear"):
             module = importlib.import_module(f"visproj.ops.{name}")
-            stack.enter_context(
-                patch.object(module, "_forward", counted(name, module._forward, inside, calls))
-            )
-            if inside == "torch":
-                stack.enter_context(patch.object(module, "runs_triton", return_value=True))
-        if inside == "torch":
-            stack.enter_context(patch("visproj.ops.runs_triton", return_value=True))
+            forward = counted(name, module._forward, calls)
+            stack.enter_context(patch.object(module, "_forward", forward))
         yield calls
 
 
-def counted(name, forward, inside, calls):
-    """A custom operation that counts its calls and takes ``inside`` for its last argument."""
+def counted(name, forward, calls):
+    """A custom operation that counts its calls."""
 
     def call(*args):
         calls[name] += 1
-        return forward(*args[:-1], inside == "triton")
+        return forward(*args)
 
     return call
 

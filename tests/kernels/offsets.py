@@ -22,16 +22,17 @@ from visproj.kernels import configs  # noqa: E402
 from visproj.kernels.cross_attention import cross_attention_fwd  # noqa: E402
 from visproj.kernels.cross_attention_backward import cross_attention_bwd  # noqa: E402
 from visproj.kernels.launch import Config  # noqa: E402
-from visproj.kernels.linear import linear_fwd  # noqa: E402
+from visproj.kernels.layout import describable  # noqa: E402
+from visproj.kernels.linear import Epilogue, linear_fwd  # noqa: E402
 from visproj.kernels.linear_backward import linear_bwd_weight  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STYLE = {"descriptors": False}
 
 
-def candidates(kernel, dtype, *, descriptors):
+def candidates(kernel, operands, precision):
     blocks = (16, 16) if "attention" in kernel else (16, 16, 16)
-    return (Config(blocks, 4, 1, descriptors and STYLE["descriptors"]),)
+    return (Config(blocks, 4, 1, STYLE["descriptors"] and describable(*operands)),)
 
 
 def random(*shape):
@@ -51,14 +52,14 @@ def linear(dimension):
     x, weight = random(3, 3, 16), random(3, 16)
     wanted = x.double() @ weight.double().T
     if dimension == "weight":
-        return linear_fwd(x, far_apart(weight, 0))[0], wanted
-    return linear_fwd(far_apart(x, dimension), weight)[0], wanted
+        return linear_fwd(x, far_apart(weight, 0)), wanted
+    return linear_fwd(far_apart(x, dimension), weight), wanted
 
 
 def linear_table():
     x, weight, table = random(2, 3, 16), random(16, 16), random(3, 16)
     wanted = x.double() @ weight.double().T + table.double()
-    return linear_fwd(x, weight, table=far_apart(table, 0))[0], wanted
+    return linear_fwd(x, weight, Epilogue(table=far_apart(table, 0))), wanted
 
 
 def weight_gradient(dimension):

@@ -35,12 +35,10 @@ def formula(x, weight, **terms):
 
 
 def check(x, weight, **terms):
-    options = {name: terms.pop(name) for name in ("triangular", "statistics") if name in terms}
-    got, partials, tile = linear.linear_fwd(x, weight, **terms, **options)
+    got = linear.linear_fwd(x, weight, linear.Epilogue(**terms))
     exact = {name: None if t is None else t.double() for name, t in terms.items()}
     wanted = formula(x, weight, **terms)
     check_errors([got], [wanted], lambda: [formula(x.double(), weight.double(), **exact)])
-    return got, partials, tile
 
 
 def operands(images, length, K, N, dtype, device):
@@ -113,8 +111,8 @@ TERMS = {
     "gain": "gain",
     "shift": "shift",
     "table": "table",
-    "LayerNorm behind": "mean weight_sum rstd shift",
-    "LayerNorm behind, table": "mean weight_sum rstd shift table",
+    "LayerNorm after": "mean weight_sum rstd shift",
+    "LayerNorm after, table": "mean weight_sum rstd shift table",
     "folded": "rstd bias shift",
     "folded, table": "rstd bias gain shift table",
     "everything": "bias mean weight_sum rstd gain shift table",
@@ -270,13 +268,12 @@ def test_folded_statistics(M, N, K, dtype, style, tiles, device):
     tiles(style)
     x, weight = operands(1, M, K, N, DTYPES[dtype], device)
     triangle, bias = weight.triu(), random(N, dtype=DTYPES[dtype], device=device)
-    out, partials, tile = linear.linear_fwd(x, triangle, bias=bias, store=False, triangular=True)
-    assert out is None
-    assert partials.shape == (1, -(-N // tile), M)
+    squares = linear.row_squares_fwd(x, triangle, bias)
+    assert squares.shape == (-(-N // 32), M)
     truth = formula(x.double(), triangle.double(), bias=bias.double())
     # Nothing is rounded to 16 bits on the way; fp32 sums of up to 104 terms.
     wanted = truth.square().sum(-1).flatten()
-    torch.testing.assert_close(partials.sum((0, 1)).double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares.sum(0).double(), wanted, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -293,7 +290,7 @@ def test_row_scale_from_squares(dtype, parts, columns, style, tiles, device):
     given = {name: random(N, dtype=dtype, device=device) for name in ("bias", "shift")}
     if columns:
         given["table"] = random(length, columns, dtype=dtype, device=device)
-    out = linear.linear_fwd(x, weight, **given, squares=squares, eps=0.25)[0]
+    out = linear.linear_fwd(x, weight, linear.Epilogue(**given, squares=squares, eps=0.25))
     rstd = (squares.double().sum(0) + 0.25).rsqrt().view(images, length)
     exact = {name: t.double() for name, t in given.items()} | {"rstd": rstd}
     wanted = formula(x, weight, **given, rstd=rstd)
@@ -304,10 +301,14 @@ def test_row_scale_from_squares(dtype, parts, columns, style, tiles, device):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(("N", "K"), cases([(40, 40), (96, 64), (64, 104), (97, 97), (1, 33)]))
 def test_triangular(N, K, style, tiles, device):
-    """Tiles below the diagonal are skipped, even where x is not finite: their weight is zero."""
+    """Tiles below the diagonal are skipped: what lies there makes no difference."""
     tiles(style)
     x, weight = operands(1, 33, K, N, torch.float32, device)
-    check(x, weight.triu(), triangular=True)
+    spoiled = weight.triu()
+    for row in range(0, N, 32):
+        spoiled[row:, :row] = torch.nan
+    squares = linear.row_squares_fwd(x, weight.triu(), None)
+    assert torch.equal(linear.row_squares_fwd(x, spoiled, None), squares)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of inf * 0
@@ -317,10 +318,10 @@ def test_triangular(N, K, style, tiles, device):
 def test_not_finite_stays_in_its_row(value, style, dtype, tiles, device):
     tiles(style)
     x, weight = operands(2, 37, 40, 48, DTYPES[dtype], device)
-    clean = linear.linear_fwd(x, weight)[0]
+    clean = linear.linear_fwd(x, weight)
     spoiled = x.clone()
     spoiled[1, 3, 7] = value
-    out = linear.linear_fwd(spoiled, weight)[0]
+    out = linear.linear_fwd(spoiled, weight)
     expected = spoiled @ weight.T
     assert torch.equal(out[1, 3].isnan(), expected[1, 3].isnan())
     assert torch.equal(out[1, 3].isinf(), expected[1, 3].isinf())
@@ -333,7 +334,7 @@ def test_not_finite_stays_in_its_row(value, style, dtype, tiles, device):
 def test_repeats_are_bit_equal(style, tiles, device):
     tiles(style)
     x, weight = operands(2, 37, 104, 72, torch.bfloat16, device)
-    first, second = (linear.linear_fwd(x, weight, statistics=True)[:2] for _ in range(2))
+    first, second = (linear.linear_statistics_fwd(x, weight, None, 1e-5) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 

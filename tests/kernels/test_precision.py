@@ -13,7 +13,7 @@ from kernels_support import (
 
 from visproj import ops
 
-launch = pytest.importorskip("visproj.kernels.launch", reason="kernels need triton")
+kernels = pytest.importorskip("visproj.kernels.device", reason="kernels need triton")
 
 pytestmark = pytest.mark.usefixtures("unwritten", "restored")
 
@@ -107,5 +107,5 @@ def test_the_newer_setting_comes_first(older, newer, precision):
     """Once it is set, torch.get_float32_matmul_precision() raises."""
     torch.set_float32_matmul_precision(older)
     torch.backends.cuda.matmul.fp32_precision = newer
-    assert launch.dot_precision(torch.float32) == precision
-    assert launch.dot_precision(torch.bfloat16) == "ieee"
+    assert kernels.dot_precision(torch.float32) == precision
+    assert kernels.dot_precision(torch.bfloat16) == "ieee"

@@ -15,7 +15,8 @@ from kernels_support import (
 from visproj import ops
 
 configs = pytest.importorskip("visproj.kernels.configs", reason="kernels need triton")
-launch = pytest.importorskip("visproj.kernels.launch", reason="kernels need triton")
+kernels = pytest.importorskip("visproj.kernels.device", reason="kernels need triton")
+layout = pytest.importorskip("visproj.kernels.layout", reason="kernels need triton")
 
 pytestmark = pytest.mark.usefixtures("unwritten")
 
@@ -73,11 +74,12 @@ KERNELS = {
 
 
 def turns(name, dtype, arch):
-    return max(len(configs.shipped(kernel, DTYPES[dtype], arch)) for kernel in KERNELS[name])
+    return max(len(configs.shipped(k, DTYPES[dtype], arch, "ieee")) for k in KERNELS[name])
 
 
 # On a GPU only what is shipped for it: others may ask for memory that it does not have.
-HERE = (configs.nearest(launch.architecture()),) if torch.cuda.is_available() else None
+GPU = torch.device("cuda", 0)
+HERE = (configs.nearest(kernels.architecture(GPU)),) if torch.cuda.is_available() else None
 FIRST = [(name, arch, 0, "bf16") for name in CHECKS for arch in HERE or (80, 90)]
 REST = [
     (name, arch, turn, dtype)
@@ -94,8 +96,10 @@ def test_every_candidate(check, arch, turn, dtype, monkeypatch, device):
     """A kernel with fewer candidates than others takes its last one again."""
     styles = set()
 
-    def one(kernel, dtype, *, descriptors):
-        found = [c for c in configs.shipped(kernel, dtype, arch) if descriptors >= c.descriptors]
+    def one(kernel, operands, precision):
+        descriptors = layout.describable(*operands)
+        found = configs.shipped(kernel, operands[0].dtype, arch, precision)
+        found = [c for c in found if descriptors >= c.descriptors]
         chosen = found[min(turn, len(found) - 1)]
         styles.add(chosen.descriptors)
         return (chosen,)
@@ -108,14 +112,15 @@ def test_every_candidate(check, arch, turn, dtype, monkeypatch, device):
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_operands_and_the_variable_leave_pointers(kernel, dtype, monkeypatch):
-    monkeypatch.setattr(configs, "architecture", lambda: 90)
-    every = configs.candidates(kernel, DTYPES[dtype], descriptors=True)
-    unaligned = configs.candidates(kernel, DTYPES[dtype], descriptors=False)
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    aligned = torch.empty(16, 16, dtype=DTYPES[dtype])
+    every = configs.candidates(kernel, [aligned, None], "ieee")
+    unaligned = configs.candidates(kernel, [aligned, aligned[:, 1:]], "ieee")
     assert unaligned
     assert not any(config.descriptors for config in unaligned)
     assert {config.descriptors for config in every} == {dtype != "fp32", False}
     monkeypatch.setenv("VISPROJ_DESCRIPTORS", "0")
-    assert configs.candidates(kernel, DTYPES[dtype], descriptors=True) == unaligned
+    assert configs.candidates(kernel, [aligned], "ieee") == unaligned
 
 
 @pytest.mark.parametrize(

@@ -30,21 +30,25 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setenv("VISPROJ_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "INTERPRETING", False)
-    monkeypatch.setattr(tuning, "architecture", lambda: 90)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_files_read", set())
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    forget(monkeypatch)
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 80/GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return ran, timed
 
 
+OPERAND = torch.empty(64, 64, dtype=torch.bfloat16)
+
+
 def best(ran, rows=256, choices=(SLOW, FAST)):
-    return tuning.run_best("kernel", (rows, 4096, True), choices, ran.append, LIKE)
+    tuning.run_best("kernel", (rows, 4096, True), choices, ran.append, LIKE)
+    return ran[-1]
 
 
 def forget(monkeypatch):
     """As another process would start."""
+    monkeypatch.setattr(tuning, "_remembered", {})
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "_files_read", set())
 
@@ -171,9 +175,13 @@ def test_threads_time_one_after_the_other(gpu, monkeypatch):
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
 
+    def run(config):
+        timed.append(config)
+        return config
+
     def work(_):
         start.wait(60)
-        return tuning.run_best("kernel", (256,), (SLOW, FAST), timed.append, LIKE)
+        return tuning.run_best("kernel", (256,), (SLOW, FAST), run, LIKE)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [FAST, FAST]
@@ -186,8 +194,8 @@ def test_switches_that_are_on(gpu, monkeypatch, value):
     for variable in ("VISPROJ_AUTOTUNE", "VISPROJ_DESCRIPTORS"):
         monkeypatch.setenv(variable, value)
     assert best(ran) == FAST
-    monkeypatch.setattr(configs, "architecture", lambda: 90)
-    assert configs.candidates("linear", torch.bfloat16, descriptors=True)[0].descriptors
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    assert configs.candidates("linear", [OPERAND], "ieee")[0].descriptors
 
 
 @pytest.mark.parametrize("value", ["yes", "false", "2", "on", " 0"])
@@ -199,7 +207,7 @@ def test_switches_take_0_and_1_only(gpu, monkeypatch, value):
     with pytest.raises(ValueError, match=f"VISPROJ_AUTOTUNE must be 0 or 1, got '{value}'"):
         best(ran, choices=(SLOW,))
     with pytest.raises(ValueError, match=f"VISPROJ_DESCRIPTORS must be 0 or 1, got '{value}'"):
-        configs.candidates("linear", torch.bfloat16, descriptors=False)
+        configs.candidates("linear", [OPERAND], "ieee")
     assert ran == []
 
 

@@ -68,10 +68,14 @@ def pretend(launched, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    from visproj.kernels.device import architecture
+
     def gpu(capability, multiprocessors=4):
         properties = SimpleNamespace(multi_processor_count=multiprocessors)
         monkeypatch.setattr(driver.active, "_target", GPUTarget("cuda", capability, 32))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        architecture.cache_clear()
 
-    return gpu
+    yield gpu
+    architecture.cache_clear()

@@ -13,6 +13,7 @@ from visproj.kernels import configs, layer_norm, linear
 from visproj.kernels.cross_attention import cross_attention_fwd
 from visproj.kernels.cross_attention_backward import cross_attention_bwd
 from visproj.kernels.launch import Config
+from visproj.kernels.layout import describable
 from visproj.kernels.linear_backward import linear_bwd_weight
 
 pytestmark = pytest.mark.sanitizer
@@ -28,10 +29,9 @@ def tiles(monkeypatch):
     """Force small tiles, so that small shapes have edges."""
 
     def force(*blocks, descriptors):
-        def candidates(kernel, dtype, *, descriptors):
-            return (Config(blocks, 4, 2, style and descriptors),)
+        def candidates(kernel, operands, precision):
+            return (Config(blocks, 4, 2, descriptors and describable(*operands)),)
 
-        style = descriptors
         monkeypatch.setattr(configs, "candidates", candidates)
 
     return force
@@ -61,12 +61,12 @@ def test_linear(tiles, descriptors, dtype, images, epilogue):
     x = guarded(random(images, length + 1, K, dtype=dtype), between=aligned_gap(dtype))[:, 1:]
     weight = guarded(random(N, K, dtype=dtype), between=aligned_gap(dtype))
     truth = x.double() @ weight.double().T
-    options = {}
+    terms = {}
     if epilogue == "norm":
         vectors = {name: random(N, dtype=dtype) for name in ("bias", "gain", "shift")}
         mean, rstd = random(images, length), random(images, length).abs()
         weight_sum, table = random(N), random(length, columns, dtype=dtype)
-        options = dict(mean=mean, rstd=rstd, weight_sum=weight_sum, table=table, **vectors)
+        terms = dict(mean=mean, rstd=rstd, weight_sum=weight_sum, table=table, **vectors)
         bias, gain, shift = (vector.double() for vector in vectors.values())
         truth = truth + bias - mean.double()[..., None] * weight_sum.double()
         truth = truth * rstd.double()[..., None] * gain + shift
@@ -74,26 +74,22 @@ def test_linear(tiles, descriptors, dtype, images, epilogue):
     elif epilogue == "folded":
         squares, bias = random(3, images * length).square(), random(N, dtype=dtype)
         table = random(length, columns, dtype=dtype)
-        options = {"squares": squares, "eps": 0.5, "bias": bias, "table": table}
+        terms = {"squares": squares, "eps": 0.5, "bias": bias, "table": table}
         rstd = (squares.double().sum(0) + 0.5).rsqrt().view(images, length, 1)
         truth = rstd * (truth + bias.double())
         truth[..., :columns] += table.double()
-    elif epilogue == "statistics":
-        options = {"statistics": True}
-    elif epilogue == "squares":
-        weight = weight.triu()
-        options = {"store": False, "triangular": True}
-        truth = x.double() @ weight.double().T
-    out, partials, tile = linear.linear_fwd(x, weight, **options)
     if epilogue == "squares":
-        check(partials.sum((0, 1)), truth.square().sum(-1).flatten(), dtype)
-    else:
+        weight = weight.triu()
+        truth = x.double() @ weight.double().T
+        squares = linear.row_squares_fwd(x, weight, None)
+        check(squares.sum(0), truth.square().sum(-1).flatten(), dtype)
+    elif epilogue == "statistics":
+        out, mean, rstd = linear.linear_statistics_fwd(x, weight, None, 1e-5)
         check(out, truth, dtype)
-    if epilogue == "statistics":
-        mean, rstd = random(images, length), random(images, length)
-        linear.merge_statistics(partials, mean, rstd, N, tile, 1e-5)
         check(mean, truth.mean(-1), dtype)
         check(rstd, (truth.var(-1, correction=0) + 1e-5).rsqrt(), dtype)
+    else:
+        check(linear.linear_fwd(x, weight, linear.Epilogue(**terms)), truth, dtype)
 
 
 @STYLES

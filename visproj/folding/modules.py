@@ -54,7 +54,7 @@ class ScaledLinear(nn.Module):
         if is_plain(self, _PRODUCT):
             linear = self.linear
             return ops.folded_linear(x, linear.weight, linear.bias, *scale, eps=self.floor)
-        return ops.scale_rows(self.linear(x), x, *scale, eps=self.floor)
+        return ops.scale_rows(self.linear(x), x, *scale, self.floor)
 
 
 _PRODUCT: Reads = {"linear": nn.Linear}

@@ -2,10 +2,10 @@
 
 from visproj.backend import runs_triton
 from visproj.ops.cross_attention import cross_attention, cross_attention_maps
+from visproj.ops.eager import scale_rows
 from visproj.ops.folded_linear import folded_linear
 from visproj.ops.linear_layer_norm import linear_layer_norm
 from visproj.ops.linear_norm_linear import linear_norm_linear
-from visproj.reference.folded_linear import scale_rows
 
 __all__ = [
     "cross_attention",

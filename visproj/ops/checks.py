@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visproj.errors import InputError
+
+
+def check_all_floating(**tensors: Any) -> None:
+    """Raise as :func:`check_floating` for the first of several tensors that is unsuitable."""
+    for name, tensor in tensors.items():
+        if (
+            not isinstance(tensor, Tensor)
+            or not tensor.is_floating_point()
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+        ):
+            check_floating(name, tensor)
+
+
+def check_operands(
+    like_name: str, like: Tensor, operands: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
+) -> None:
+    """Raise unless every operand that is given has its shape and fits ``like``.
+
+    Raises:
+        TypeError: As :func:`check_alike`.
+        ValueError: If a shape or device differs.
+    """
+    dtype, device = like.dtype, like.device
+    for name, (tensor, shape) in operands.items():
+        if tensor is None or (
+            isinstance(tensor, Tensor)
+            and tensor.layout == torch.strided
+            and tensor.dtype == dtype
+            and tensor.device == device
+            and tensor.shape == shape
+        ):
+            continue
+        check_floating(name, tensor)
+        check_shape(name, tensor, shape)
+        check_alike(name, tensor, like_name, like)
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -34,7 +71,7 @@ def check_shape(name: str, tensor: Any, wanted: tuple[int, ...]) -> None:
         ValueError: If it has another shape.
     """
     check_tensor(name, tensor)
-    if tuple(tensor.shape) != wanted:
+    if tuple(tensor.shape) != tuple(wanted):
         raise InputError(f"{name} must have shape {list(wanted)}, got {list(tensor.shape)}")
 
 
@@ -62,12 +99,13 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 
 
 def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as a matrix product would take them under the ambient autocast, if any."""
-    tensors = (first, *others)
-    if not _autocasts(first.device) or first.dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    """Return the tensors as a matrix product would take them under the ambient autocast, if any."""
+    kind = first.device.type
+    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not autocasts or first.dtype == torch.float64:
+        return first, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (first, *others))
 
 
 def _autocasts(device: torch.device) -> bool:

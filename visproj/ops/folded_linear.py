@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
-from visproj.ops.checks import check_alike, check_floating, check_shape, to_autocast_dtype
-from visproj.reference import folded_linear_ref
+from visproj.ops import eager
+from visproj.ops.autograd import schema
+from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
+
+
+class Inputs(NamedTuple):
+    """Arguments of the custom operation; see :func:`folded_linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    stats_weight: Tensor
+    stats_bias: Tensor
+    shift: Tensor | None
+    table: Tensor | None
+    eps: float
 
 
 def folded_linear(
@@ -29,7 +43,7 @@ def folded_linear(
 
     ``out = rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``. With
     ``sqrt(D) [R | r]`` the triangular QR factor of ``[V_c | b_c]``, a Linear of ``D`` outputs
-    centred over them, ``rstd`` is that of a LayerNorm behind it. The kernels skip the zero half of
+    centred over them, ``rstd`` is that of a LayerNorm after it. The kernels skip the zero half of
     ``R`` and store neither ``x Rᵀ`` nor ``rstd``. For inference: it has no gradient.
 
     Args:
@@ -54,28 +68,25 @@ def folded_linear(
     Source: a matrix and its QR factor give every vector the same norm (Golub and Van Loan, "Matrix
     Computations", section 5.2), here ``‖V_c x + b_c‖ = sqrt(D) ‖R x + r‖``.
     """
-    operands = (x, weight, bias, stats_weight, stats_bias, shift, table)
-    _check(*operands)
+    inputs = Inputs(x, weight, bias, stats_weight, stats_bias, shift, table, eps)
+    _check(inputs)
     if not runs_triton(x, backend) or not x.numel() * weight.shape[0]:
-        return folded_linear_ref(*operands, eps=eps)
-    operands = to_autocast_dtype(*operands)
-    return _forward(*operands, eps, True)
+        return eager.folded_linear(*inputs)
+    return _forward(*to_autocast_dtype(*inputs[:-1]), eps)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stats_weight: Tensor,
-    stats_bias: Tensor,
-    shift: Tensor | None,
-    table: Tensor | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
     """Raise as :func:`folded_linear` says."""
-    check_floating("x", x)
-    for name, given in (("weight", weight), ("bias", bias), ("stats_weight", stats_weight)):
-        check_floating(name, given)
-    check_floating("stats_bias", stats_bias)
+    x, weight, stats_weight, table = inputs.x, inputs.weight, inputs.stats_weight, inputs.table
+    check_all_floating(
+        x=x,
+        weight=weight,
+        bias=inputs.bias,
+        stats_weight=stats_weight,
+        stats_bias=inputs.stats_bias,
+    )
+    if table is not None:
+        check_all_floating(table=table)
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise InputError(
             "x must be [..., L, C] and weight [N, C], got shapes "
@@ -86,58 +97,33 @@ def _check(
         raise InputError(
             f"stats_weight must be [<= {C}, {C}], got shape {list(stats_weight.shape)}"
         )
-    if table is not None:
-        check_floating("table", table)
     if table is not None and (table.ndim != 2 or table.shape[1] > N):
         raise InputError(f"table must be [L, <= {N}], got shape {list(table.shape)}")
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "weight": (weight, (N, C)),
-        "bias": (bias, (N,)),
-        "stats_weight": (stats_weight, tuple(stats_weight.shape)),
-        "stats_bias": (stats_bias, (stats_weight.shape[0],)),
-        "shift": (shift, (N,)),
+        "weight": (weight, weight.shape),
+        "bias": (inputs.bias, (N,)),
+        "stats_weight": (stats_weight, stats_weight.shape),
+        "stats_bias": (inputs.stats_bias, (stats_weight.shape[0],)),
+        "shift": (inputs.shift, (N,)),
         "table": (table, (x.shape[-2], 0 if table is None else table.shape[1])),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-            check_alike(name, tensor, "x", x)
+    check_operands("x", x, wanted)
 
 
-@torch.library.custom_op("visproj::folded_linear_fwd", mutates_args=())
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stats_weight: Tensor,
-    stats_bias: Tensor,
-    shift: Tensor | None,
-    table: Tensor | None,
-    eps: float,
-    triton: bool,
-) -> Tensor:
-    if not triton:
-        operands = (x, weight, bias, stats_weight, stats_bias, shift, table)
-        return folded_linear_ref(*operands, eps=eps)
+@torch.library.custom_op(
+    "visproj::folded_linear_fwd", mutates_args=(), schema=schema(Inputs, "Tensor")
+)
+def _forward(*inputs: Any) -> Tensor:
     from visproj.kernels.linear import folded_linear_fwd
 
+    x, weight, *others = Inputs(*inputs)
     rows = x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
-    operands = (rows, weight, bias, stats_weight, stats_bias, shift, table)
-    return folded_linear_fwd(*operands, eps).reshape(*x.shape[:-1], weight.shape[0])
+    out = folded_linear_fwd(rows, weight, *others)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stats_weight: Tensor,
-    stats_bias: Tensor,
-    shift: Tensor | None,
-    table: Tensor | None,
-    eps: float,
-    triton: bool,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

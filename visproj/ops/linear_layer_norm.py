@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,44 @@ from torch import Tensor
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
+from visproj.ops import eager
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
     forbid_second_derivative,
+    in_order,
     norm_autocast_dtype,
     nothing_saved,
     saved_like,
     saves_for_backward,
+    schema,
 )
-from visproj.ops.checks import check_alike, check_floating, check_shape, to_autocast_dtype
-from visproj.reference import formulas, linear_layer_norm_ref
+from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
+
+
+class Inputs(NamedTuple):
+    """Arguments of the custom operation; see :func:`linear_layer_norm`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor
+    shift: Tensor | None
+    eps: float
+    out_dtype: torch.dtype
+    save: bool
+
+
+class BackwardInputs(NamedTuple):
+    """Arguments of the backward operation."""
+
+    grad: Tensor  # of the output
+    x: Tensor
+    weight: Tensor
+    gain: Tensor
+    y: Tensor  # x Wᵀ + b
+    mean: Tensor  # of the rows of y, as rstd
+    rstd: Tensor
+    needs_dx: bool
 
 
 def linear_layer_norm(
@@ -57,48 +85,39 @@ def linear_layer_norm(
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``build_projection``.
     """
-    check_floating("x", x)
-    check_floating("weight", weight)
-    check_floating("gain", gain)
+    check_all_floating(x=x, weight=weight, gain=gain)
     if weight.ndim != 2:
         raise InputError(f"weight must be [D, C], got shape {list(weight.shape)}")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise InputError(f"x must be [..., {weight.shape[1]}], got shape {list(x.shape)}")
-    check_alike("weight", weight, "x", x)
-    for name, vector in (("bias", bias), ("gain", gain), ("shift", shift)):
-        if vector is not None:
-            check_shape(name, vector, (weight.shape[0],))
-            check_alike(name, vector, "x", x)
-    width = weight.shape[0]
-    too_wide = f"D is {width}, more than {MAX_NORM_WIDTH}" if width > MAX_NORM_WIDTH else None
-    if not runs_triton(x, backend, unsupported=too_wide) or not x.numel() * width:
-        return linear_layer_norm_ref(x, weight, bias, gain, shift, eps)
+    D, C = weight.shape
+    if x.ndim == 0 or x.shape[-1] != C:
+        raise InputError(f"x must be [..., {C}], got shape {list(x.shape)}")
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "weight": (weight, (D, C)),
+        "bias": (bias, (D,)),
+        "gain": (gain, (D,)),
+        "shift": (shift, (D,)),
+    }
+    check_operands("x", x, wanted)
+    too_wide = f"D is {D}, more than {MAX_NORM_WIDTH}" if D > MAX_NORM_WIDTH else None
+    if not runs_triton(x, backend, unsupported=too_wide) or not x.numel() * D:
+        return eager.linear_layer_norm(x, weight, bias, gain, shift, eps)
     out_dtype = norm_autocast_dtype(x)
     x, weight, bias = to_autocast_dtype(x, weight, bias)
     save = saves_for_backward(x, weight, bias, gain, shift)
-    return _forward(x, weight, bias, gain, shift, eps, out_dtype, save, True)[0]
+    return _forward(*Inputs(x, weight, bias, gain, shift, eps, out_dtype, save))[0]
 
 
-@torch.library.custom_op("visproj::linear_layer_norm_fwd", mutates_args=())
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    save: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "visproj::linear_layer_norm_fwd",
+    mutates_args=(),
+    schema=schema(Inputs, "(Tensor, Tensor, Tensor, Tensor)"),
+)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, and for the backward y and its rows' mean and rstd (empty without ``save``)."""
-    y = F.linear(x, weight, bias)
-    if not triton:
-        mean, rstd = formulas.row_statistics(y, eps)
-        out = formulas.normalise(y, mean, rstd, gain, shift).to(out_dtype)
-        return (out, y, mean, rstd) if save else (out, *nothing_saved(x))
     from visproj.kernels.layer_norm import layer_norm_fwd
 
+    x, weight, bias, gain, shift, eps, out_dtype, save = Inputs(*inputs)
+    y = F.linear(x, weight, bias)
     out, mean, rstd = layer_norm_fwd(
         y.contiguous(),
         gain,
@@ -114,75 +133,45 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    save: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, *_, out_dtype, save = inputs
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     out = y.new_empty(y.shape, dtype=out_dtype)
     return (out, *saved_like(y)) if save else (out, *nothing_saved(x))
 
 
-@torch.library.custom_op("visproj::linear_layer_norm_bwd", mutates_args=())
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    needs_dx: bool,
-    triton: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "visproj::linear_layer_norm_bwd",
+    mutates_args=(),
+    schema=schema(BackwardInputs, "Tensor[]"),
+)
+def _backward(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift and, where it is wanted, dx."""
-    if triton:
-        from visproj.kernels.layer_norm import layer_norm_bwd
-        from visproj.kernels.linear_backward import linear_bwd_weight
+    from visproj.kernels.layer_norm import layer_norm_bwd
+    from visproj.kernels.linear_backward import linear_bwd_weight
 
-        rows = y.reshape(-1, y.shape[-1])
-        dy, dgain, dshift = layer_norm_bwd(
-            grad.reshape(rows.shape).contiguous(), rows, mean.flatten(), rstd.flatten(), gain
-        )
-        features = x.reshape(1, -1, x.shape[-1])
-        dweight, dbias = linear_bwd_weight(dy[None], features, bias=True)
-    else:
-        dy, dgain, dshift = formulas.layer_norm_backward(grad, y, mean, rstd, gain)
-        dweight, dbias = formulas.linear_backward(dy, x)
+    grad, x, weight, gain, y, mean, rstd, needs_dx = BackwardInputs(*inputs)
+    rows = y.reshape(-1, y.shape[-1])
+    dy, dgain, dshift = layer_norm_bwd(
+        grad.reshape(rows.shape).contiguous(), rows, mean.flatten(), rstd.flatten(), gain
+    )
+    features = x.reshape(1, -1, x.shape[-1])
+    dweight, dbias = linear_bwd_weight(dy[None], features, bias=True)
     gradients = [dweight, dbias, dgain.to(gain.dtype), dshift.to(gain.dtype)]
     return [*gradients, (dy @ weight).reshape(x.shape)] if needs_dx else gradients
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    needs_dx: bool,
-    triton: bool,
-) -> list[Tensor]:
-    gradients = [
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        weight.new_empty(weight.shape[0]),
-        gain.new_empty(gain.shape),
-        gain.new_empty(gain.shape),
-    ]
+def _(*inputs: Any) -> list[Tensor]:
+    _, x, weight, gain, *_, needs_dx = inputs
+    shapes = [weight.shape, (weight.shape[0],)]
+    gradients = [weight.new_empty(shape) for shape in shapes]
+    gradients += [gain.new_empty(gain.shape), gain.new_empty(gain.shape)]
     return [*gradients, x.new_empty(x.shape)] if needs_dx else gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, gain, shift, _, _, _, ctx.triton = inputs
+    x, weight, bias, gain, shift, *_ = inputs
     ctx.has_bias, ctx.has_shift = bias is not None, shift is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -191,12 +180,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
-    needs_dx = ctx.needs_input_grad[0]
-    gradients = _backward(grad, *ctx.saved_tensors, needs_dx, ctx.triton)
-    dweight, dbias, dgain, dshift, *dx = gradients
-    dbias, dshift = (dbias if ctx.has_bias else None), (dshift if ctx.has_shift else None)
-    return (dx[0] if dx else None, dweight, dbias, dgain, dshift, None, None, None, None)
+        return in_order(Inputs)
+    needed = Inputs(*ctx.needs_input_grad)
+    dweight, dbias, dgain, dshift, *dx = _backward(grad, *ctx.saved_tensors, needed.x)
+    return in_order(
+        Inputs,
+        x=dx[0] if dx else None,
+        weight=dweight,
+        bias=dbias if ctx.has_bias else None,
+        gain=dgain,
+        shift=dshift if ctx.has_shift else None,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,51 @@ from torch import Tensor
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
+from visproj.ops import eager
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
     forbid_second_derivative,
+    in_order,
     nothing_saved,
     saved_like,
     saves_for_backward,
+    schema,
 )
-from visproj.ops.checks import check_alike, check_floating, check_shape, to_autocast_dtype
-from visproj.reference import formulas, linear_norm_linear_ref
+from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
+
+
+class Inputs(NamedTuple):
+    """Arguments of the custom operation; see :func:`linear_norm_linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor
+    shift: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    positions: Tensor | None
+    positioned: int
+    eps: float
+    save: bool
+
+
+class BackwardInputs(NamedTuple):
+    """Arguments of the backward operation."""
+
+    grad: Tensor  # of the output
+    x: Tensor
+    weight: Tensor
+    gain: Tensor
+    shift: Tensor | None
+    out_weight: Tensor
+    positions: Tensor | None
+    y: Tensor  # x Wᵀ + b
+    mean: Tensor  # of the rows of y, as rstd
+    rstd: Tensor
+    positioned: int
+    needs_dx: bool
+    needs_dpositions: bool
 
 
 def linear_norm_linear(
@@ -67,30 +103,20 @@ def linear_norm_linear(
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
     """
     operands = (x, weight, bias, gain, shift, out_weight, out_bias, positions)
-    _check(*operands, positioned)
+    inputs = Inputs(*operands, positioned, eps, save=False)
+    _check(inputs)
     D, N = weight.shape[0], out_weight.shape[0]
     too_wide = f"D is {D}, more than {MAX_NORM_WIDTH}" if D > MAX_NORM_WIDTH else None
     if not runs_triton(x, backend, unsupported=too_wide) or not x.numel() * D * N:
-        return linear_norm_linear_ref(*operands, positioned, eps=eps)
-    operands = to_autocast_dtype(*operands)
-    return _forward(*operands, positioned, eps, saves_for_backward(*operands), True)[0]
+        return eager.linear_norm_linear(*inputs[:-1])
+    save = saves_for_backward(*operands)
+    return _forward(*to_autocast_dtype(*operands), positioned, eps, save)[0]
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    positions: Tensor | None,
-    positioned: int,
-) -> None:
+def _check(inputs: Inputs) -> None:
     """Raise as :func:`linear_norm_linear` says."""
-    check_floating("x", x)
-    for name, matrix in (("weight", weight), ("out_weight", out_weight), ("gain", gain)):
-        check_floating(name, matrix)
+    x, weight, out_weight = inputs.x, inputs.weight, inputs.out_weight
+    check_all_floating(x=x, weight=weight, out_weight=out_weight, gain=inputs.gain)
     if weight.ndim != 2 or out_weight.ndim != 2 or out_weight.shape[1] != weight.shape[0]:
         raise InputError(
             "weight must be [D, C] and out_weight [N, D], got shapes "
@@ -98,78 +124,54 @@ def _check(
         )
     if x.ndim != 3 or x.shape[-1] != weight.shape[1]:
         raise InputError(f"x must be [B, L, {weight.shape[1]}], got shape {list(x.shape)}")
-    D, N = weight.shape[0], out_weight.shape[0]
+    N, D = out_weight.shape
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "weight": (weight, tuple(weight.shape)),
-        "bias": (bias, (D,)),
-        "gain": (gain, (D,)),
-        "shift": (shift, (D,)),
-        "out_weight": (out_weight, tuple(out_weight.shape)),
-        "out_bias": (out_bias, (N,)),
-        "positions": (positions, (x.shape[1], D)),
+        "weight": (weight, weight.shape),
+        "bias": (inputs.bias, (D,)),
+        "gain": (inputs.gain, (D,)),
+        "shift": (inputs.shift, (D,)),
+        "out_weight": (out_weight, (N, D)),
+        "out_bias": (inputs.out_bias, (N,)),
+        "positions": (inputs.positions, (x.shape[1], D)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-            check_alike(name, tensor, "x", x)
-    if not isinstance(positioned, int) or not 0 <= positioned <= N:
-        raise InputError(f"positioned must be an int between 0 and {N}, got {positioned}")
+    check_operands("x", x, wanted)
+    if not isinstance(inputs.positioned, int) or not 0 <= inputs.positioned <= N:
+        raise InputError(f"positioned must be an int between 0 and {N}, got {inputs.positioned}")
 
 
-@torch.library.custom_op("visproj::linear_norm_linear_fwd", mutates_args=())
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    positions: Tensor | None,
-    positioned: int,
-    eps: float,
-    save: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "visproj::linear_norm_linear_fwd",
+    mutates_args=(),
+    schema=schema(Inputs, "(Tensor, Tensor, Tensor, Tensor)"),
+)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, and for the backward y and its rows' mean and rstd (empty without ``save``)."""
-    table = None if positions is None else F.linear(positions, out_weight[:positioned])
-    second = (gain, shift, out_weight, out_bias, table)
-    if not triton:
-        y = F.linear(x, weight, bias)
-        mean, rstd = formulas.row_statistics(y, eps)
-        out = formulas.norm_linear(y, mean, rstd, *second)
-    elif x.shape[0] * x.shape[1] > out_weight.shape[0]:
-        out, y, mean, rstd = _scale_weight(x, weight, bias, eps, *second)
-    else:
-        out, y, mean, rstd = _normalise_rows(x, weight, bias, eps, *second, save)
-    return (out, y, mean, rstd) if save else (out, *nothing_saved(x))
+    given = Inputs(*inputs)
+    x, out_weight = given.x, given.out_weight
+    table = None
+    if given.positions is not None:
+        table = F.linear(given.positions, out_weight[: given.positioned])
+    many_rows = x.shape[0] * x.shape[1] > out_weight.shape[0]
+    found = _scale_weight(given, table) if many_rows else _normalise_rows(given, table)
+    return found if given.save else (found[0], *nothing_saved(x))
 
 
-def _scale_weight(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    table: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scale_weight(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gain goes into the weight, mean and deviation into the product's epilogue.
 
     The first weight is centred over its outputs, which LayerNorm does not see: else a row's large
-    mean would have to cancel behind the second product.
+    mean would have to cancel after the second product.
     """
     from visproj.kernels.layer_norm import fold_gain
-    from visproj.kernels.linear import linear_fwd, linear_statistics_fwd
+    from visproj.kernels.linear import Epilogue, linear_fwd, linear_statistics_fwd
 
-    y, mean, rstd = linear_statistics_fwd(x, *_centre(weight, bias), eps)
-    folded, weight_sum, constant = fold_gain(out_weight, gain, shift, out_bias)
-    out = linear_fwd(
-        y, folded, mean=mean, rstd=rstd, weight_sum=weight_sum, shift=constant, table=table
-    )[0]
-    return out, y, mean, rstd
+    weight, bias = _centre(given.weight, given.bias)
+    y, mean, rstd = linear_statistics_fwd(given.x, weight, bias, given.eps)
+    folded, weight_sum, constant = fold_gain(
+        given.out_weight, given.gain, given.shift, given.out_bias
+    )
+    epilogue = Epilogue(mean=mean, rstd=rstd, weight_sum=weight_sum, shift=constant, table=table)
+    return linear_fwd(y, folded, epilogue), y, mean, rstd
 
 
 def _centre(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -183,31 +185,27 @@ def _centre(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
     return weight, None if bias is None else bias.float() - bias.mean(dtype=torch.float32)
 
 
-def _normalise_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    table: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows are normalised, in place where no backward needs them."""
     from visproj.kernels.layer_norm import layer_norm_fwd
-    from visproj.kernels.linear import linear_fwd
+    from visproj.kernels.linear import Epilogue, linear_fwd
 
+    x, weight, bias = given.x, given.weight, given.bias
     # What a library's product would have to copy first, as features without their CLS row.
-    y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, bias=bias)[0]
+    y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, Epilogue(bias))
     normal, mean, rstd = layer_norm_fwd(
-        y.contiguous(), gain, shift, eps, out_dtype=y.dtype, in_place=not save, statistics=True
+        y.contiguous(),
+        given.gain,
+        given.shift,
+        given.eps,
+        out_dtype=y.dtype,
+        in_place=not given.save,
+        statistics=True,
     )
     if table is None:
-        out = _linear(normal, out_weight, out_bias)
+        out = _linear(normal, given.out_weight, given.out_bias)
     else:
-        out = linear_fwd(normal, out_weight, shift=out_bias, table=table)[0]
+        out = linear_fwd(normal, given.out_weight, Epilogue(shift=given.out_bias, table=table))
     return out, y, mean, rstd
 
 
@@ -223,120 +221,82 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    positions: Tensor | None,
-    positioned: int,
-    eps: float,
-    save: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, y = (x.new_empty((*x.shape[:-1], w.shape[0])) for w in (out_weight, weight))
-    return (out, *saved_like(y)) if save else (out, *nothing_saved(x))
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Inputs(*inputs)
+    x = given.x
+    out, y = (x.new_empty((*x.shape[:-1], w.shape[0])) for w in (given.out_weight, given.weight))
+    return (out, *saved_like(y)) if given.save else (out, *nothing_saved(x))
 
 
-@torch.library.custom_op("visproj::linear_norm_linear_bwd", mutates_args=())
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    positions: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    positioned: int,
-    needs_dx: bool,
-    needs_dpositions: bool,
-    triton: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "visproj::linear_norm_linear_bwd",
+    mutates_args=(),
+    schema=schema(BackwardInputs, "Tensor[]"),
+)
+def _backward(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift, dout_weight, dout_bias; dx and dpositions where wanted."""
-    dnormal = grad.flatten(0, 1) @ out_weight  # [B * L, D]
-    if triton:
-        from visproj.kernels.layer_norm import layer_norm_bwd
-        from visproj.kernels.linear_backward import linear_bwd_weight
+    from visproj.kernels.layer_norm import layer_norm_bwd
+    from visproj.kernels.linear_backward import linear_bwd_weight
 
-        rows = [t.flatten(0, 1) for t in (y, mean, rstd)]
-        dy, dgain, dshift = layer_norm_bwd(dnormal, *rows, gain, in_place=True)
-        dy = dy.reshape(y.shape)
-        dout_weight, dout_bias = linear_bwd_weight(
-            grad, y, bias=True, mean=mean, rstd=rstd, gain=gain, shift=shift
-        )
-        dweight, dbias = linear_bwd_weight(dy, x, bias=True)
-    else:
-        dnormal = dnormal.reshape(y.shape)
-        dy, dgain, dshift = formulas.layer_norm_backward(dnormal, y, mean, rstd, gain)
-        normal = formulas.normalise(y, mean, rstd, gain, shift).to(y.dtype)
-        dout_weight, dout_bias = formulas.linear_backward(grad, normal)
-        dweight, dbias = formulas.linear_backward(dy, x)
+    given = BackwardInputs(*inputs)
+    grad, x, y = given.grad, given.x, given.y
+    gain, out_weight = given.gain, given.out_weight
+    dnormal = grad.flatten(0, 1) @ out_weight  # [B * L, D]
+    rows = [t.flatten(0, 1) for t in (y, given.mean, given.rstd)]
+    dy, dgain, dshift = layer_norm_bwd(dnormal, *rows, gain, in_place=True)
+    dout_weight, dout_bias = linear_bwd_weight(
+        grad, y, bias=True, mean=given.mean, rstd=given.rstd, gain=gain, shift=given.shift
+    )
+    dweight, dbias = linear_bwd_weight(dy.reshape(y.shape), x, bias=True)
     gradients = [dweight, dbias, dgain.to(gain.dtype), dshift.to(gain.dtype)]
     gradients += [dout_weight, dout_bias]
-    if needs_dx:
-        gradients.append((dy.flatten(0, 1) @ weight).reshape(x.shape))
-    if positions is not None:
-        dtable = grad[..., :positioned].sum(0)  # [L, positioned]
-        dout_weight[:positioned].addmm_(dtable.T, positions)
-        if needs_dpositions:
-            gradients.append(dtable @ out_weight[:positioned])
+    if given.needs_dx:
+        gradients.append((dy @ given.weight).reshape(x.shape))
+    if given.positions is not None:
+        dtable = grad[..., : given.positioned].sum(0)  # [L, positioned]
+        dout_weight[: given.positioned].addmm_(dtable.T, given.positions)
+        if given.needs_dpositions:
+            gradients.append(dtable @ out_weight[: given.positioned])
     return gradients
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    out_weight: Tensor,
-    positions: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    positioned: int,
-    needs_dx: bool,
-    needs_dpositions: bool,
-    triton: bool,
-) -> list[Tensor]:
-    D, N = weight.shape[0], out_weight.shape[0]
-    shapes = [weight.shape, (D,), (D,), (D,), out_weight.shape, (N,)]
-    shapes += [x.shape] * needs_dx + [(x.shape[1], D)] * needs_dpositions
+def _(*inputs: Any) -> list[Tensor]:
+    given = BackwardInputs(*inputs)
+    x = given.x
+    N, D = given.out_weight.shape
+    shapes: list[tuple[int, ...]] = [given.weight.shape, (D,), (D,), (D,), (N, D), (N,)]
+    shapes += [x.shape] * given.needs_dx + [(x.shape[1], D)] * given.needs_dpositions
     return [x.new_empty(shape) for shape in shapes]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, gain, shift, out_weight, out_bias, positions = inputs[:8]
-    ctx.positioned, _, _, ctx.triton = inputs[8:]
-    ctx.given = [t is not None for t in (bias, shift, out_bias)]
+    given = Inputs(*inputs)
+    ctx.positioned = given.positioned
+    ctx.absent = [name for name in ("bias", "shift", "out_bias") if getattr(given, name) is None]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gain, shift, out_weight, positions, *output[1:])
+    x, weight, gain, shift = given.x, given.weight, given.gain, given.shift
+    ctx.save_for_backward(x, weight, gain, shift, given.out_weight, given.positions, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    needs_dx, needs_dpositions = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
-    gradients = _backward(
-        grad, *ctx.saved_tensors, ctx.positioned, needs_dx, needs_dpositions, ctx.triton
-    )
-    dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = gradients
-    dbias, dshift, dout_bias = (
-        gradient if given else None
-        for gradient, given in zip((dbias, dshift, dout_bias), ctx.given, strict=True)
-    )
-    dx = others.pop(0) if needs_dx else None
-    dpositions = others.pop() if needs_dpositions else None
-    inputs = (dx, dweight, dbias, dgain, dshift, dout_weight, dout_bias, dpositions)
-    return (*inputs, None, None, None, None)
+        return in_order(Inputs)
+    needed = Inputs(*ctx.needs_input_grad)
+    found = _backward(grad, *ctx.saved_tensors, ctx.positioned, needed.x, needed.positions)
+    dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = found
+    gradients = {
+        "weight": dweight,
+        "bias": dbias,
+        "gain": dgain,
+        "shift": dshift,
+        "out_weight": dout_weight,
+        "out_bias": dout_bias,
+        "x": others.pop(0) if needed.x else None,
+        "positions": others.pop() if needed.positions else None,
+    }
+    return in_order(Inputs, **gradients | dict.fromkeys(ctx.absent))
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

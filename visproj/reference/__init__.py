@@ -1,9 +1,5 @@
-"""Plain PyTorch: the operations as a CPU runs them, and the literal projectors as an oracle."""
+"""The literal projectors: the oracle of the tests, slow, and sharing nothing with the fast code."""
 
-from visproj.reference.cross_attention import cross_attention_maps_ref, cross_attention_ref
-from visproj.reference.folded_linear import folded_linear_ref
-from visproj.reference.linear_layer_norm import linear_layer_norm_ref
-from visproj.reference.linear_norm_linear import linear_norm_linear_ref
 from visproj.reference.projectors import (
     linear_projector_ref,
     perceiver_projector_ref,
@@ -12,11 +8,6 @@ from visproj.reference.projectors import (
 )
 
 __all__ = [
-    "cross_attention_maps_ref",
-    "cross_attention_ref",
-    "folded_linear_ref",
-    "linear_layer_norm_ref",
-    "linear_norm_linear_ref",
     "linear_projector_ref",
     "perceiver_projector_ref",
     "projector_ref",

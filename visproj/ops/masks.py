@@ -1,78 +1,64 @@
-"""Cross-attention in plain PyTorch: SDPA over merged masks."""
+"""Attention masks: checked, merged, and cast without making large numbers infinite."""
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from visproj.errors import InputError
+from visproj.ops.checks import check_device, check_tensor
 
 _NEG_INF = float("-inf")
 
 
-def cross_attention_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Arguments as :func:`visproj.ops.cross_attention`, unchecked; shared queries stay shared."""
-    batch, _, heads, _ = k.shape
-    mask, dead = _merge_masks(attn_mask, key_padding_mask, batch, heads, q.dtype)
-    out = F.scaled_dot_product_attention(
-        _by_head(q, batch), _by_head(k, batch), _by_head(v, batch), attn_mask=mask
-    )
-    if dead is not None:
-        out = out.masked_fill(dead, 0.0)
-    return out.transpose(1, 2)
+def check_masks(
+    like: Tensor,
+    shape: tuple[int, int, int, int],
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """Raise unless both masks, where given, fit ``shape`` = (B, H, Q, L) and the device.
+
+    Raises:
+        TypeError: If a mask has an unsuitable dtype.
+        ValueError: If a mask has an unsuitable shape or device.
+    """
+    batch, heads, queries, keys = shape
+    if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        if tuple(attn_mask.shape) not in ((queries, keys), (batch * heads, queries, keys)):
+            raise InputError(
+                f"attn_mask must be [Q, L] = [{queries}, {keys}] or [B * heads, Q, L] = "
+                f"[{batch * heads}, {queries}, {keys}], got {list(attn_mask.shape)}"
+            )
+        check_device("attn_mask", attn_mask, "k", like)
+    if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask)
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
+        if tuple(key_padding_mask.shape) != (batch, keys):
+            raise InputError(
+                f"key_padding_mask must be [B, L] = [{batch}, {keys}], "
+                f"got {list(key_padding_mask.shape)}"
+            )
+        check_device("key_padding_mask", key_padding_mask, "k", like)
 
 
-def cross_attention_maps_ref(
-    q: Tensor,
-    k: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Arguments as :func:`visproj.ops.cross_attention_maps`, unchecked."""
-    batch, _, heads, width = k.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    mask, dead = _merge_masks(attn_mask, key_padding_mask, batch, heads, dtype)
-    q, k = _by_head(q, batch).to(dtype), _by_head(k, batch).to(dtype)
-    kind = q.device.type
-    autocasts = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
-        scores = q @ k.transpose(-1, -2) / math.sqrt(width)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, _NEG_INF) if mask.dtype == torch.bool else scores + mask
-    maps = scores.softmax(-1)
-    return maps if dead is None else maps.masked_fill(dead, 0.0)
-
-
-def _by_head(x: Tensor, batch: int) -> Tensor:
-    """``[(B,) N, H, d] -> [B, H, N, d]`` without a copy."""
-    return x.transpose(-3, -2).expand(batch, -1, -1, -1)
-
-
-def _merge_masks(
+def merge_masks(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     batch: int,
     heads: int,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """One mask for SDPA that broadcasts to [B, H, Q, L], and which of its rows have no key left.
+) -> tuple[Tensor, Tensor]:
+    """Return one mask for SDPA that broadcasts to [B, H, Q, L], and its rows without a key.
 
     Bool masks merge into a bool one (True = attend, SDPA's sense), anything else into an additive
     one of ``dtype``. Rows without a key are opened up, so that neither they nor their gradients are
-    NaN in any SDPA kernel; the caller zeroes what comes out of them.
+    NaN in any SDPA kernel; the caller zeroes what comes out of them. One mask must be given.
     """
-    if attn_mask is None and key_padding_mask is None:
-        return None, None
     padding = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     if attn_mask is not None:
         attn_mask = attn_mask.unflatten(0, (batch, heads)) if attn_mask.ndim == 3 else attn_mask
@@ -95,7 +81,7 @@ def additive_mask(
     heads: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Both masks as one to be added to the scores, ``[B or 1, H or 1, Q or 1, L]``."""
+    """Return both masks as one to add to the scores, ``[B or 1, H or 1, Q or 1, L]``."""
     mask = None
     if attn_mask is not None:
         mask = attn_mask.unflatten(0, (batch, heads)) if attn_mask.ndim == 3 else attn_mask

@@ -1,0 +1,127 @@
+"""The operations in plain PyTorch: what a CPU runs. Arguments are as the operations take them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visproj.ops.masks import merge_masks
+
+
+def linear_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    shift: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``LayerNorm(x Wᵀ + b)``."""
+    # Features without their CLS row: PyTorch would copy a frozen weight for every image instead.
+    return F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)
+
+
+def linear_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    shift: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    positions: Tensor | None,
+    positioned: int,
+    eps: float,
+) -> Tensor:
+    """``LayerNorm(x Wᵀ + b) Vᵀ + d``."""
+    normal = F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)
+    if positions is None:
+        return F.linear(normal, out_weight, out_bias)
+    split = (positioned, out_weight.shape[0] - positioned)
+    weights = out_weight.split(split)
+    biases = (None, None) if out_bias is None else out_bias.split(split)
+    rows = (normal + positions, normal)
+    return torch.cat([F.linear(*parts) for parts in zip(rows, weights, biases, strict=True)], -1)
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stats_weight: Tensor,
+    stats_bias: Tensor,
+    shift: Tensor | None,
+    table: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``rstd (x Wᵀ + bias) + shift + table``."""
+    # Features without their CLS row: PyTorch would copy the weights for every image instead.
+    x = x.contiguous()
+    return scale_rows(F.linear(x, weight, bias), x, stats_weight, stats_bias, shift, table, eps)
+
+
+def scale_rows(
+    out: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    factor_bias: Tensor,
+    shift: Tensor | None,
+    table: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``rstd out + shift + table`` in place, ``rstd = (‖x factorᵀ + factor_bias‖² + eps)^(-1/2)``.
+
+    ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold, and stays in fp32 there.
+    """
+    norms = F.linear(x, factor, factor_bias)
+    wide = torch.promote_types(norms.dtype, torch.float32)
+    rstd = (norms.to(wide).square().sum(-1, keepdim=True) + eps).rsqrt()
+    rstd = rstd if out.dtype == torch.float16 else rstd.to(out.dtype)
+    added = out.new_zeros(out.shape[-1]) if shift is None else shift
+    if table is not None:
+        missing = out.shape[-1] - table.shape[-1]
+        table = F.pad(table, (0, missing)) if missing else table
+        added = table if shift is None else table + shift
+    return torch.addcmul(added.to(out.dtype), out, rstd, out=out)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """SDPA over merged masks; shared queries stay shared."""
+    batch, _, heads, _ = k.shape
+    mask = dead = None
+    if attn_mask is not None or key_padding_mask is not None:
+        mask, dead = merge_masks(attn_mask, key_padding_mask, batch, heads, q.dtype)
+    queries, keys, values = (t.transpose(-3, -2).expand(batch, -1, -1, -1) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    if dead is not None:
+        out = out.masked_fill(dead, 0.0)
+    return out.transpose(1, 2)
+
+
+def cross_attention_maps(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+) -> Tensor:
+    """Probabilities ``[B, H, Q, L]`` in fp32, for fp64 inputs in fp64."""
+    batch, _, heads, width = k.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    queries, keys = (t.transpose(-3, -2).to(dtype) for t in (q, k))
+    kind = q.device.type
+    autocasts = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
+        scores = queries.expand(batch, -1, -1, -1) @ keys.transpose(-1, -2) / math.sqrt(width)
+    if attn_mask is None and key_padding_mask is None:
+        return scores.softmax(-1)
+    mask, dead = merge_masks(attn_mask, key_padding_mask, batch, heads, dtype)
+    closed = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if closed else scores + mask
+    return scores.softmax(-1).masked_fill(dead, 0.0)
