@@ -74,6 +74,73 @@ def check_weight_file(path: Path) -> None:
 
 
 _TEXT = frozenset(b"\t\r\n" + bytes(range(32, 127)))
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+def check_weight_files(path: Path) -> None:
+    """Raise if a weight file that a loader would open is damaged or is something in its place.
+
+    For the time before a library with errors of its own opens them: headers are read, tensors are
+    not. A folder without weight files passes, and so does a path that does not exist, which may be
+    a model's name on the hub.
+
+    Args:
+        path: The folder of a model, or one weight file.
+
+    Raises:
+        FileNotFoundError: If a weight file is a link that leads nowhere, or a shard is missing.
+        InputError: If one is a Git LFS pointer, a web page, text, empty or truncated, or not of the
+            format that its name says; the message names the file.
+    """
+    for file in _opened_by_loaders(path) if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there")
+        check_weight_file(file)
+        _check_container(file)
+
+
+def _opened_by_loaders(directory: Path) -> list[Path]:
+    """The weight files that transformers would open, or all where it is not known which.
+
+    A clone often has pointers in place of the formats that are not needed.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.lexists(directory / single):
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            shards = read_json_object(index).get("weight_map")
+            named = shards.values() if isinstance(shards, dict) else ()
+            return sorted({directory / name for name in named if isinstance(name, str)})
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.suffix.lower() in _WEIGHT_SUFFIXES
+        and not file.name.startswith(".")
+        and not file.is_dir()
+    )
+
+
+def _check_container(path: Path) -> None:
+    """Raise unless the file begins, and as far as that is quickly seen ends, as its name says."""
+    if path.suffix.lower() == ".safetensors":
+        _open_safetensors(path)
+        return
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix.lower() == ".gguf" and start != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file: it begins with {start!r}")
+    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is truncated: download it again")
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not an intact safetensors file ({error})") from error
 
 
 class TensorFile:
@@ -95,20 +162,12 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._get: Callable[[str], Any]
         if path.suffix == ".safetensors":
-            self._open_safetensors()
+            handle = _open_safetensors(path)
+            self.keys = frozenset(handle.keys())
+            self.metadata = handle.metadata() or {}
+            self._get = handle.get_tensor
         else:
             self._open_bin()
-
-    def _open_safetensors(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            handle = safe_open(self.path, framework="pt", device="cpu")
-            self.keys = frozenset(handle.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{self.path} is not an intact safetensors file ({error})") from error
-        self.metadata = handle.metadata() or {}
-        self._get = handle.get_tensor
 
     def _open_bin(self) -> None:
         if not zipfile.is_zipfile(self.path):
