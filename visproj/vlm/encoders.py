@@ -62,7 +62,10 @@ class VisionEncoder(ABC):
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Crop and normalise RGB images into fp32 pixels ``[N, 3, image_size, image_size]``."""
-        crops = np.stack([np.asarray(self.crop(image), dtype=np.float32) for image in images])
+        side = self.config.image_size
+        crops = np.empty((len(images), side, side, 3), dtype=np.float32)
+        for pixels, image in zip(crops, images, strict=True):
+            pixels[:] = np.asarray(self.crop(image))
         mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         return ((torch.from_numpy(crops) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visproj.errors import InputError
 from visproj.files import entries_of, replacing, write_safetensors
 from visproj.vlm.encoders import VisionEncoder
 
@@ -42,12 +41,10 @@ class FeatureCache:
         """Features fp32 ``[N, 1 + S, C]`` of RGB images.
 
         Where the folder cannot be written, the features are computed all the same.
-
-        Raises:
-            InputError: There are no images.
         """
         if not images:
-            raise InputError("no images to encode")
+            rows, columns = self.encoder.grid
+            return torch.zeros(0, 1 + rows * columns, self.encoder.config.hidden_size)
         if self.folder is None:
             return self.encoder.encode(self.encoder.preprocess(images))
         files = [self._file(image) for image in images]
