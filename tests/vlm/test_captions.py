@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from vlm.tiny import PROMPT, tiny_model
 
+from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
-from visproj.vlm.captions import load_captions
+from visproj.vlm.captions import check_captions, load_captions
 
 GOOD = {"image": "a.png", "captions": ["A red dot.", "One red pixel."]}
 
@@ -91,6 +94,14 @@ FAULTS = {
     "a caption is blank": ({**GOOD, "captions": ["x", " \t"]}, r"the caption ' \\t' .*is blank"),
     "caption is empty": ({"image": "a.png", "caption": ""}, "the caption '' .*is blank"),
     "caption is a list": ({"image": "a.png", "caption": ["x"]}, r"the caption \['x'\] is not"),
+    "placeholder": (
+        {**GOOD, "captions": ["x", "a <image>"]},
+        "the caption 'a <image>' has <image>",
+    ),
+    "half a pair": (
+        {**GOOD, "captions": ["\ud83d"]},
+        r"the caption '\\ud83d' has half",
+    ),
     "parent folder": ({**GOOD, "image": "../outside.png"}, r"image \.\./outside\.png leaves"),
     "parent in between": ({**GOOD, "image": "more/../a.png"}, "leaves the folder"),
     "absolute path": ({**GOOD, "image": "/tmp/a.png"}, "the image /tmp/a.png leaves the folder"),
@@ -150,3 +161,20 @@ def test_no_lines_at_all(folder, lines):
 def test_no_captions_file(folder, name):
     with pytest.raises(FileNotFoundError, match=rf"^no such captions file: .*{name}/captions"):
         load_captions(folder / name)
+
+
+def photograph(name, *captions):
+    return SimpleNamespace(name=name, captions=captions)
+
+
+def test_captions_that_only_a_tokenizer_can_refuse():
+    model = tiny_model()
+    model.language_model.config.max_position_embeddings = 60
+    room = 60 - 17 - len(model.prompt_ids(PROMPT)) + 1
+    fits, long = "c" * room, "c" * (room + 1)  # the end of text needs no room
+    photographs = [photograph("a", "x", fits)]
+    check_captions(photographs, PROMPT, model)
+    with pytest.raises(InputError, match=r"^the caption 'c+\'? of b: .* do not fit into the 60 "):
+        check_captions([*photographs, photograph("b", "x", long)], PROMPT, model)
+    with pytest.raises(InputError, match=r"^the caption '<.end.>' of b: it has no tokens"):
+        check_captions([photograph("b", "<|end|>")], PROMPT, model)

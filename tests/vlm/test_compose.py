@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visproj import insert_visual_tokens
+from visproj.errors import InputError
 from visproj.vlm.compose import IGNORE_INDEX
 
 IMAGE, WIDTH = 99, 3
@@ -140,6 +141,76 @@ def test_left_padding_for_generation():
     assert torch.equal(out.inputs_embeds[1, 4:], embeds[1, :2])
 
 
+SIDES = {
+    "left": ([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], "left"),
+    "right": ([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], "right"),
+    "a gap inside": ([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], "right"),
+    "none": ([[1, 1, 1, 1]] * 3, "right"),
+    "a row on both": ([[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], None),
+    "rows that differ": ([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]], None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+@pytest.mark.parametrize("case", SIDES)
+def test_the_side_that_the_mask_shows_is_kept(case, dtype):
+    rows, side = SIDES[case]
+    mask = torch.tensor(rows, dtype=dtype)
+    ids = torch.tensor([[1, 2, IMAGE, 3], [IMAGE, 4, 5, 6], [7, 8, 9, 7]])
+    counts = ((ids == IMAGE) & (mask != 0)).sum(1)
+    given = torch.randn(3, 4, WIDTH), ids, torch.randn(int(counts.sum()), 2, WIDTH), counts, IMAGE
+    options = {"attention_mask": mask, "labels": ids, "pad_to_multiple_of": 8}
+    if side is None:
+        with pytest.raises(InputError, match="on the left and on the right: say padding_side"):
+            insert_visual_tokens(*given, **options)
+        side = "left"
+        got = insert_visual_tokens(*given, padding_side=side, **options)
+    else:
+        got = insert_visual_tokens(*given, **options)
+    assert got.attention_mask.dtype == dtype
+    padding, attended = got.attention_mask == 0, (mask != 0).any(1)
+    outer, inner = (-1, 0) if side == "right" else (0, -1)
+    assert padding[:, outer].all()
+    assert not padding[attended, inner].any()
+    assert (got.labels[:, outer] == IGNORE_INDEX).all()
+    want = insert_visual_tokens(*given, padding_side=side, **options)
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+def test_nothing_but_padding():
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3)
+    out = insert_visual_tokens(
+        torch.randn(2, 3, WIDTH), ids, torch.zeros(0, 1, WIDTH), [0, 0], IMAGE, attention_mask=mask
+    )
+    assert out.inputs_embeds.shape == (2, 0, WIDTH)
+
+
+def test_without_a_mask_padding_is_on_the_right():
+    ids = torch.tensor([[1, IMAGE], [2, 3]])
+    out = insert_visual_tokens(
+        torch.randn(2, 2, WIDTH), ids, torch.randn(1, 3, WIDTH), [1, 0], IMAGE
+    )
+    assert out.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+EMPTY = [(0, 0, 0), (0, 4, 0), (2, 0, 0), (2, 4, 0), (2, 4, 2)]
+
+
+@pytest.mark.parametrize("per_image", [0, 3])
+@pytest.mark.parametrize(("batch", "length", "images"), EMPTY)
+def test_empty_batches(batch, length, images, per_image):
+    shape = (batch, length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    ids[:, :1] = IMAGE if images else 0
+    counts = [1 if images else 0] * shape[0]
+    out = insert_visual_tokens(
+        torch.randn(*shape, WIDTH), ids, torch.randn(images, per_image, WIDTH), counts, IMAGE
+    )
+    length = shape[1] + (per_image - 1 if images else 0) if shape[0] else 0
+    assert out.inputs_embeds.shape == (shape[0], length, WIDTH)
+    assert out.attention_mask.shape == out.position_ids.shape == (shape[0], length)
+
+
 def test_gradients_reach_text_and_images():
     embeds, ids, images, counts, mask = sample()
     embeds, images = embeds.double().requires_grad_(), images.double().requires_grad_()
@@ -200,6 +271,24 @@ BAD = {
         "one device, got cpu, meta",
         {"attention_mask": torch.ones(3, 4, device="meta")},
     ),
+    "additive mask": (
+        InputError,
+        "0 at padding and positive elsewhere, got -inf",
+        {"attention_mask": torch.zeros(3, 4).index_fill(1, torch.tensor([3]), -torch.inf)},
+    ),
+    "uint8 mask of 256": (
+        InputError,
+        "from 1 to 255 in an attention_mask of torch.uint8",
+        {"attention_mask": torch.ones(3, 4, dtype=torch.uint8), "visual_mask_value": 256},
+    ),
+    "bfloat16 mask of 257": (
+        InputError,
+        "from 1 to 256 in an attention_mask of torch.bfloat16",
+        {"attention_mask": torch.ones(3, 4).bfloat16(), "visual_mask_value": 257},
+    ),
+    "unsigned labels": (TypeError, "integer and signed", {"labels": torch.ones(3, 4).byte()}),
+    "counts of rank 2": (InputError, r"must be \[B\], got", {"counts": torch.ones(3, 1).long()}),
+    "counts of rank 0": (InputError, r"must be \[B\], got", {"counts": torch.tensor(3)}),
     "bool mask of 2": (
         ValueError,
         "from 1 to 1 in an attention_mask of torch.bool",

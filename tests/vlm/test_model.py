@@ -12,6 +12,7 @@ from vlm.tiny import (
     tiny_tokenizer,
 )
 
+from visproj.errors import InputError
 from visproj.vlm.language import IMAGE_TOKEN
 from visproj.vlm.model import VisualLanguageModel
 
@@ -146,8 +147,8 @@ def test_prefix_can_be_continued_again(model, features):
 
 
 @torch.no_grad()
-def argmax_by_argmax(model, image, prompt, count):
-    embeds = prefix(model, model.features([image]), prompt)
+def argmax_by_argmax(model, image, prompt, count, images=1):
+    embeds = prefix(model, model.features([image] * images), prompt)
     ids = []
     for _ in range(count):
         logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
@@ -224,3 +225,99 @@ def test_bfloat16_language_model_takes_an_fp32_projector(features):
     loss.backward()
     assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
     assert rms_error(loss, want) < 0.02
+
+
+def test_samples_without_images(model, features):
+    """Text alone passes everywhere, in a batch of its own and among samples with images."""
+    answers = [["a cat"], ["dog"]]
+    none = model.features([])
+    assert none.shape == (0, 17, 32)
+    mixed = ["red dog", "What is this?"]
+    with torch.no_grad():
+        alone = model(none, ["red dog"], [["a cat"]], [0])
+        together, lengths = model.answer_log_probs(model.read(features[:1], mixed, [0, 1]), answers)
+    torch.testing.assert_close(-together[0].sum() / lengths[0].sum(), alone, rtol=1e-5, atol=0)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    (got,) = model.generate([], ["red dog"], [0], **options)
+    image = tiny_photograph()
+    assert model.generate([image], mixed, [0, 1], **options)[0] == got
+    assert got == argmax_by_argmax(model, image, "red dog", 6, images=0)
+
+
+def test_gradients_of_a_batch_without_images_are_zero():
+    model = tiny_model("perceiver")
+    model(model.features([]), ["red dog"], [["a cat"]], [0]).backward()
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_empty_batches(model, features):
+    none = model.features([])
+    assert model.generate([], []) == model.generate([], [], []) == []
+    assert model.compose(none, []).inputs_embeds.shape == (0, 0, 64)
+    empty = model.read(none, [])
+    for got in (
+        model.answer_log_probs(empty, []),
+        model.answer_log_probs(model.read(features, PROMPTS), [[], []]),
+    ):
+        assert [tensor.numel() for tensor in got] == [0, 0]
+    for given in ((none, [], []), (features, PROMPTS, [[], []])):
+        with pytest.raises(InputError, match="there are no answers to compute a loss of"):
+            model(*given)
+
+
+def test_answers_of_the_end_of_text_alone(model, features):
+    with torch.no_grad():
+        got, lengths = model.answer_log_probs(model.read(features, PROMPTS), [[""], [""]])
+        want = plain_log_probs(model, features[:1], PROMPTS[0], "")
+    assert lengths.tolist() == [[1], [1]]
+    torch.testing.assert_close(got[0, 0], want, rtol=1e-5, atol=1e-5)
+
+
+WRONG = {
+    "one prompt": (
+        lambda m, f: m.generate([tiny_photograph()], "dog"),
+        "prompts must be a list of texts, got 'dog'",
+    ),
+    "one image": (lambda m, f: m.generate(tiny_photograph(), ["dog"]), "list of images, got one"),
+    "no prompt": (lambda m, f: m.read(f[:1], [None]), r"prompts must be .* got \[None\]"),
+    "too few images": (
+        lambda m, f: m.generate([tiny_photograph()], PROMPTS),
+        r"2 prompts with \[1, 1\] images each, got 1 images",
+    ),
+    "too many images": (
+        lambda m, f: m.read(f, ["dog"]),
+        r"prompts with \[1\] images each, got 2",
+    ),
+    "counts": (lambda m, f: m.read(f, ["dog"], [1, 1]), "has 2 entries for 1 prompts"),
+    "negative": (lambda m, f: m.read(f, PROMPTS, [-1, 3]), r"\[-1, 3\] images each, got 2"),
+    "flat features": (lambda m, f: m.read(f[0], ["dog"]), r"features must be .* shape \[17, 32\]"),
+    "one answer": (
+        lambda m, f: m(f, PROMPTS, "dog"),
+        "must be 2 lists of texts, got 'dog'",
+    ),
+    "flat answers": (
+        lambda m, f: m(f, PROMPTS, ["a cat", "a dog"]),
+        "the answers of a sample must be a list of texts, got 'a cat'",
+    ),
+    "too few answers": (lambda m, f: m(f, PROMPTS, [["dog"]]), "answers must be 2 lists of texts"),
+    "uneven answers": (
+        lambda m, f: m(f, PROMPTS, [["dog"], ["dog", "cat"]]),
+        r"every sample needs the same number of answers, got \[1, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(model, features, case):
+    call, message = WRONG[case]
+    before = len(model.encoder.batches)
+    with pytest.raises(InputError, match=message):
+        call(model, features)
+    assert len(model.encoder.batches) == before  # nothing was encoded for it
+
+
+def test_counts_may_be_a_tensor(model, features):
+    counts = torch.tensor([2, 0])
+    got = model.compose(features, ["red", "dog"], counts)
+    want = model.compose(features, ["red", "dog"], [2, 0])
+    assert torch.equal(got.inputs_embeds, want.inputs_embeds)

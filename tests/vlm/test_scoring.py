@@ -6,6 +6,7 @@ import pytest
 import torch
 from vlm.tiny import PROMPT, tiny_model
 
+from visproj.errors import InputError
 from visproj.vlm import scoring
 from visproj.vlm.scoring import caption_loss, caption_scores, own_loss, retrieval
 
@@ -127,8 +128,33 @@ def test_caption_loss_is_a_mean_over_tokens(model, views):
 
 
 def test_photographs_and_captions_have_to_be_as_many(model, views):
-    with pytest.raises(ValueError, match="argument"):
-        caption_loss(model, views, CAPTIONS[:2], PROMPT)
+    for score in (caption_loss, caption_scores):
+        with pytest.raises(InputError, match="views of 3 photographs, captions of 2"):
+            score(model, views, CAPTIONS[:2], PROMPT)
+        with pytest.raises(InputError, match="captions of a photograph must be a list of texts"):
+            score(model, views, ["a cat", *CAPTIONS[1:]], PROMPT)
+
+
+def test_nothing_to_score(model, views):
+    nothing, unanswered = [torch.zeros(0, 17, 32)] * 3, [[]] * 3
+    for given in (([], []), (nothing, CAPTIONS), (views, unanswered)):
+        with pytest.raises(InputError, match="no captions to score"):
+            caption_loss(model, *given, PROMPT)
+    scores, lengths = caption_scores(model, nothing, CAPTIONS, PROMPT)
+    assert scores.shape == (0, 6)
+    assert lengths.tolist() == caption_scores(model, views, CAPTIONS, PROMPT)[1].tolist()
+    scores, lengths = caption_scores(model, views, unanswered, PROMPT)
+    assert (scores.shape, lengths.shape) == ((6, 0), (0,))
+    none = torch.zeros(0, dtype=torch.long)
+    for score in (own_loss, lambda *given: retrieval(*given, seed=0)):
+        with pytest.raises(InputError, match="to score"):
+            score(scores, lengths, VIEWS_OF, none)
+
+
+def test_a_photograph_without_views_changes_nothing(model, views):
+    want = caption_loss(model, views, CAPTIONS, PROMPT)
+    more = [*views, torch.zeros(0, 17, 32)], [*CAPTIONS, ["unseen"]]
+    assert caption_loss(model, *more, PROMPT) == want
 
 
 def test_own_loss_by_hand():

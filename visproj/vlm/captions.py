@@ -1,12 +1,18 @@
 """Photographs with captions: the caller's own folder, or the set that comes with visproj."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
+from visproj.vlm.language import IMAGE_TOKEN
 from visproj.vlm.photographs import Photograph, free_name, read_rgb
+
+if TYPE_CHECKING:
+    from visproj.vlm.model import VisualLanguageModel
 
 CAPTIONS = "captions.jsonl"
 
@@ -30,9 +36,9 @@ def load_captions(folder: Path | None = None) -> list[CaptionedPhotograph]:
 
     Raises:
         FileNotFoundError: There is no ``captions.jsonl`` or not every image of it.
-        ValueError: A line is not what is described above, its image is damaged, lies outside the
-            folder or was on an earlier line, or there are no lines. The message has the file, the
-            number of the line and what is wrong.
+        InputError: A line is not what is described above, a caption has ``<image>`` in it, the
+            image is damaged, lies outside the folder or was on an earlier line, or there are no
+            lines. The message has the file, the number of the line and what is wrong.
         ModuleNotFoundError: No folder was given and scikit-image or scikit-learn is not installed.
     """
     file = bundled_file("visproj", f"vlm/{CAPTIONS}") if folder is None else folder / CAPTIONS
@@ -91,7 +97,36 @@ def _captions(entry: dict[str, object], where: str) -> tuple[str, ...]:
     for caption in captions:
         if not _is_text(caption):
             raise InputError(f"{where}: the caption {caption!r} is not a text, or is blank")
+        if IMAGE_TOKEN in caption:
+            raise InputError(f"{where}: the caption {caption!r} has {IMAGE_TOKEN} in it")
+        if not _is_unicode(caption):
+            raise InputError(f"{where}: the caption {caption!r} has half a surrogate pair in it")
     return tuple(caption.strip() for caption in captions)
+
+
+def check_captions(
+    photographs: Sequence[CaptionedPhotograph], prompt: str, model: "VisualLanguageModel"
+) -> None:
+    """Raise unless the model can be trained on every caption: what is known with a tokenizer only.
+
+    Raises:
+        InputError: A caption has no tokens, or is longer than the language model reads after an
+            image and the prompt; the message has the photograph and the caption.
+    """
+    for photograph in photographs:
+        for caption in photograph.captions:
+            _check_caption(photograph.name, caption, prompt, model)
+
+
+def _check_caption(name: str, caption: str, prompt: str, model: "VisualLanguageModel") -> None:
+    try:
+        model.check_answer(prompt, caption)
+    except InputError as error:
+        raise InputError(f"the caption {caption!r:.60} of {name}: {error}") from error
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_text(value: object) -> bool:

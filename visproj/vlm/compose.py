@@ -41,15 +41,15 @@ def insert_visual_tokens(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     pad_to_multiple_of: int | None = None,
-    padding_side: Literal["left", "right"] = "right",
+    padding_side: Literal["left", "right"] | None = None,
     visual_mask_value: int = 1,
 ) -> VisualSequence:
     """Replace every image placeholder by its image's visual tokens.
 
     The images of the batch come in reading order: sample by sample, and within a sample in the
     order of the placeholders. Padding (masked positions at either end of a row) is cut off and put
-    back on ``padding_side``, so rows end up as long as the longest one needs. Differentiable in
-    ``text_embeds`` and ``visual_tokens``.
+    back on one side of all rows, so that they end up as long as the longest one needs.
+    Differentiable in ``text_embeds`` and ``visual_tokens``.
 
     Args:
         text_embeds: ``[B, T, D]`` embeddings of ``input_ids``; what stands at placeholders is
@@ -59,10 +59,13 @@ def insert_visual_tokens(
             of ``text_embeds``.
         images_per_sample: ``B`` counts that add up to ``N``; 0 for a sample without images.
         image_token_id: The id that marks a placeholder in ``input_ids``.
-        attention_mask: ``[B, T]``, 0 or False at padding; all ones when ``None``.
-        labels: ``[B, T]``, integer.
+        attention_mask: ``[B, T]``, 0 or False at padding and positive elsewhere; all ones when
+            ``None``.
+        labels: ``[B, T]``, signed integer.
         pad_to_multiple_of: Round the row length up to a multiple of this.
-        padding_side: ``"right"``, or ``"left"`` for ``generate``.
+        padding_side: ``"left"``, which ``generate`` needs, or ``"right"``. ``None`` keeps the side
+            on which ``attention_mask`` shows padding, and is the right where it shows none. It has
+            to be given where the mask shows padding on both.
         visual_mask_value: What the attention mask holds at visual tokens. DeepSpeed-VisualChat
             trains with 2, and with ``pad_to_multiple_of=8``.
 
@@ -71,8 +74,9 @@ def insert_visual_tokens(
 
     Raises:
         TypeError: If ids, labels or counts are not integer, or embeddings not floating point.
-        ValueError: If shapes, devices or padding options do not fit, or if a sample holds another
-            number of placeholders than ``images_per_sample`` says; the message names the sample.
+        InputError: If shapes, devices or padding options do not fit, if the mask shows padding on
+            both sides and ``padding_side`` is not given, or if a sample holds another number of
+            placeholders than ``images_per_sample`` says; the message names the sample.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``concat``, which drops samples
     without images and gives a sample's images to its placeholders in reverse order.
@@ -81,13 +85,9 @@ def insert_visual_tokens(
     _check_padding(pad_to_multiple_of, padding_side)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    largest = 1 if attention_mask.dtype == torch.bool else torch.iinfo(torch.int32).max
-    if not 1 <= visual_mask_value <= largest:
-        raise InputError(
-            f"visual_mask_value must be from 1 to {largest} in an attention_mask of "
-            f"{attention_mask.dtype}, got {visual_mask_value}"
-        )
+    _check_mask(attention_mask, visual_mask_value)
     kept = _without_padding(attention_mask != 0)
+    padding_side = padding_side or _shown_side(kept)
     placeholder = (input_ids == image_token_id) & kept
     _check_counts(placeholder.sum(1), images_per_sample, visual_tokens.shape[0])
 
@@ -129,6 +129,36 @@ def _without_padding(attended: Tensor) -> Tensor:
     return seen & still_to_come
 
 
+def _shown_side(kept: Tensor) -> Literal["left", "right"]:
+    """The side of the padding around what is kept; a row of padding alone shows none."""
+    some = kept.any(1)
+    left = bool((some & ~kept[:, :1].any(1)).any())
+    right = bool((some & ~kept[:, -1:].any(1)).any())
+    if left and right:
+        raise InputError(
+            "attention_mask shows padding on the left and on the right: say padding_side"
+        )
+    return "left" if left else "right"
+
+
+def _check_mask(attention_mask: Tensor, visual_mask_value: int) -> None:
+    dtype = attention_mask.dtype
+    if dtype.is_floating_point:
+        largest = int(2 / torch.finfo(dtype).eps)  # up to here every integer is exact
+    else:
+        largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    if not 1 <= visual_mask_value <= largest:
+        raise InputError(
+            f"visual_mask_value must be from 1 to {largest} in an attention_mask of {dtype}, got "
+            f"{visual_mask_value}"
+        )
+    if dtype != torch.bool and not bool((attention_mask >= 0).all()):
+        raise InputError(
+            "attention_mask must be 0 at padding and positive elsewhere, got "
+            f"{attention_mask.min().item()}: a mask to add to attention scores is another thing"
+        )
+
+
 def _check(
     text_embeds: Tensor,
     input_ids: Tensor,
@@ -159,8 +189,8 @@ def _check(
             raise InputError(
                 f"{name} must be [B, T] = {list(input_ids.shape)}, got {list(extra.shape)}"
             )
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise TypeError(f"labels must be integer, got {labels.dtype}")
+    if labels is not None and (labels.is_floating_point() or not labels.dtype.is_signed):
+        raise TypeError(f"labels must be integer and signed, got {labels.dtype}")
     given = (text_embeds, input_ids, visual_tokens, attention_mask, labels)
     devices = {tensor.device for tensor in given if tensor is not None}
     if len(devices) > 1:
@@ -170,17 +200,21 @@ def _check(
         )
 
 
-def _check_padding(pad_to_multiple_of: int | None, padding_side: str) -> None:
+def _check_padding(pad_to_multiple_of: int | None, padding_side: str | None) -> None:
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
         raise InputError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}")
-    if padding_side not in ("left", "right"):
-        raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    if padding_side not in ("left", "right", None):
+        raise InputError(f"padding_side must be 'left', 'right' or None, got {padding_side!r}")
 
 
 def _check_counts(
     found: Tensor, images_per_sample: Sequence[int] | Tensor, num_images: int
 ) -> None:
     if isinstance(images_per_sample, Tensor):
+        if images_per_sample.ndim != 1:
+            raise InputError(
+                f"images_per_sample must be [B], got shape {list(images_per_sample.shape)}"
+            )
         images_per_sample = images_per_sample.tolist()
     counts = [operator.index(count) for count in images_per_sample]  # TypeError unless integers
     if len(counts) != found.numel():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from visproj.errors import InputError, MissingPackageError
-from visproj.files import cache_folder
+from visproj.errors import InputError, MissingPackageError, VisprojError
+from visproj.files import cache_folder, check_weight_files
 from visproj.vlm.bundled import bundled_file
 
 IMAGE_TOKEN = "<image>"
@@ -101,36 +102,105 @@ def load_language_model(
 
     Raises:
         ConnectionError: The model has to be fetched and cannot be.
-        FileNotFoundError: There is no such GGUF file.
-        ValueError: The directory or file does not hold a causal language model.
-        ModuleNotFoundError: A GGUF file needs ``gguf`` or ``accelerate``, which are not installed.
+        FileNotFoundError: There is no such GGUF file, or a weight file of the directory is missing.
+        InputError: The directory or file does not hold a causal language model with all of its
+            weights and its tokenizer, or a file is damaged or is something in its place.
+        MissingPackageError: The model or its tokenizer needs a package that is not installed; a
+            GGUF file needs ``gguf`` and ``accelerate``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = find_gguf() if name is None else Path(name)
     options: dict[str, Any] = {}
-    source = str(path) if name is None else name
+    source = str(path) if name is None else str(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no such language model: {path}")
         for package in ("accelerate", "gguf"):
             if find_spec(package) is None:
-                raise MissingPackageError(f"a GGUF file needs {package}", name=package)
+                raise MissingPackageError(
+                    f"a GGUF file needs {package}: pip install {package}", name=package
+                )
         source, options = str(path.parent), {"gguf_file": path.name}
+    elif path.is_file():
+        raise InputError(f"{path} is neither a GGUF file nor the directory of a language model")
+    check_weight_files(path)
+    try:
+        model, tokenizer = _load(source, dtype, options)
+    except VisprojError:
+        raise
+    except Exception as error:  # transformers raises any kind
+        reason = one_line(error)
+        if isinstance(error, OSError) and not path.exists():
+            raise ConnectionError(
+                f"no directory {source}, and the model hub did not give it: pass the directory of "
+                f"a downloaded model, or leave out --language-model for the offline one ({reason})"
+            ) from error
+        message = f"cannot load the language model {path}: {reason}"
+        if isinstance(error, ImportError):
+            raise MissingPackageError(message, name=error.name) from error
+        raise InputError(message) from error
+    return NAME if name is None else str(name), model, tokenizer
+
+
+def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and its tokenizer, without a question about code that comes with it.
+
+    Raises:
+        InputError: The model is of another kind, or not all of its weights are there.
+        Exception: As transformers raises it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    options = {**options, "trust_remote_code": False}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is refused below
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if "gguf_file" not in options:
+            _check_kind(source, AutoConfig.from_pretrained(source, **options))
         # For a GGUF file transformers draws a bar that no setting of its own turns off.
-        with redirect_stderr(io.StringIO()) if options else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if path.exists():
-            raise InputError(f"cannot load the language model {path}: {reason}") from error
-        raise ConnectionError(
-            f"no directory {source}, and the model hub did not give it: pass the directory of a "
-            f"downloaded model, or leave out --language-model for the offline one ({reason})"
-        ) from error
-    return NAME if name is None else name, model, tokenizer
+        with redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, report = loaded
+    _check_weights(f"{source}, loaded as a {type(model).__name__},", report)
+    return model, tokenizer
+
+
+def _check_kind(source: str, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{source} holds an encoder-decoder model ({config.model_type}), not a causal language "
+            "model"
+        )
+
+
+def _check_weights(what: str, report: dict[str, Any]) -> None:
+    """Raise unless every weight was in the checkpoint: transformers makes up the others."""
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{what} lacks {len(missing)} weights, such as {missing[0]}: it may hold another kind "
+            "of model"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        # The name of each, before transformers 5, since then with both shapes.
+        name = mismatched[0] if isinstance(mismatched[0], str) else mismatched[0][0]
+        raise InputError(f"{what} has {name} in another shape than its configuration says")
+
+
+def one_line(error: Exception) -> str:
+    """Return another library's error in one line, with its type where that says more."""
+    text = textwrap.shorten(str(error), 240, placeholder=" ...")
+    if text and isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:

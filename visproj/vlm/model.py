@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
 from visproj.vlm.compose import VisualSequence, insert_visual_tokens
+from visproj.vlm.decoding import (
+    Prefix,
+    answer_logits,
+    check_context,
+    check_language_model,
+    context_limit,
+    read_prefix,
+    token_log_probs,
+)
 from visproj.vlm.encoders import VisionEncoder
 from visproj.vlm.features import FeatureCache
-from visproj.vlm.language import IMAGE_TOKEN
-
-
-class Prefix(NamedTuple):
-    """What the language model keeps of images and prompts, to be continued by any answers.
-
-    Attributes:
-        cache: Its key-value cache, a transformers ``Cache``.
-        logits: ``[B, 1, V]``, for the first token of an answer.
-        attention_mask: ``[B, P]``, 0 at padding, which is on the left.
-    """
-
-    cache: Any
-    logits: Tensor
-    attention_mask: Tensor
+from visproj.vlm.prompts import PromptTokenizer, check_texts, end_of_text_ids
 
 
 class VisualLanguageModel(nn.Module):
@@ -40,18 +33,24 @@ class VisualLanguageModel(nn.Module):
 
     Prompts go through the tokenizer's chat template if it has one. ``<image>`` in a prompt places
     an image; a prompt without any gets its images in front. Encoder and language model are frozen
-    and stay in eval mode whatever :meth:`train` is told.
+    and stay in eval mode, whatever :meth:`train` sets.
+
+    The language model and its tokenizer are tried on a few tokens when this is put together. Where
+    answers cannot share the language model's cache (Mamba, RWKV, LFM2), every answer is computed
+    with its whole sequence, which takes longer and gives the same numbers.
 
     Args:
         encoder: The frozen encoder, whose features are ``[N, 1 + S, C]``.
         projector: ``[N, 1 + S, C] -> [N, K, D]``, such as :func:`visproj.build_projector` gives.
         language_model: A transformers causal language model of width ``D``; is frozen.
-        tokenizer: Its tokenizer; gets ``<image>`` as a special token if it has none.
+        tokenizer: Its tokenizer; gets ``<image>`` as a special token if it has none, and the
+            model's end of text if it names none.
         cache_dir: Folder that keeps the encoder's features; ``None`` computes them each time.
 
     Raises:
-        ValueError: The encoder's width is not the projector's, or the projector's is not the
-            language model's; the message has both.
+        InputError: The encoder's width is not the projector's, or the projector's is not the
+            language model's; the message has both. Or the language model or its tokenizer cannot
+            be used; the message says why.
     """
 
     def __init__(
@@ -69,12 +68,12 @@ class VisualLanguageModel(nn.Module):
         self.language_model = language_model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.features = FeatureCache(encoder, cache_dir)
-        if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False)], special_tokens=True)
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._check_widths()
+        self.tokens_per_image = self._check_widths()
+        self._prompts = PromptTokenizer(tokenizer, language_model)
+        self._shares_cache = check_language_model(language_model)
 
-    def _check_widths(self) -> None:
+    def _check_widths(self) -> int:
+        """Visual tokens of an image."""
         tokens = 1 + self.encoder.grid[0] * self.encoder.grid[1]
         with torch.no_grad():
             visual = self.project(torch.zeros(1, tokens, self.encoder.config.hidden_size))
@@ -84,6 +83,7 @@ class VisualLanguageModel(nn.Module):
                 f"the projector's tokens are {visual.shape[-1]} wide, the language model's "
                 f"embeddings {wanted}"
             )
+        return visual.shape[1]
 
     def train(self, mode: bool = True) -> VisualLanguageModel:
         """Set the projector's mode; the language model stays in eval mode."""
@@ -96,11 +96,21 @@ class VisualLanguageModel(nn.Module):
         """Where the language model is."""
         return self.language_model.get_input_embeddings().weight.device
 
+    @property
+    def image_token_id(self) -> int:
+        """Id of ``<image>``."""
+        return self._prompts.image_token_id
+
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens that the language model reads at most: visual ones, prompt and answer together."""
+        return context_limit(self.language_model.config)
+
     def project(self, features: Tensor) -> Tensor:
         """Visual tokens ``[N, K, D]`` of features ``[N, 1 + S, C]``, on the model's device.
 
         Raises:
-            ValueError: The features have another width than the projector takes.
+            InputError: The features have another width than the projector takes.
         """
         dtype = next(self.projector.parameters()).dtype
         return self.projector(features.to(self.device, dtype))
@@ -119,15 +129,21 @@ class VisualLanguageModel(nn.Module):
             images_per_sample: ``B`` counts that add up to ``N``; ``None`` means one each.
 
         Raises:
-            ValueError: A prompt has placeholders for another number of images than it gets.
+            InputError: A prompt has placeholders for another number of images than it gets, or
+                there are other numbers of images and prompts than counted, or the features have
+                another rank or width than the projector takes.
         """
-        counts = [1] * len(prompts) if images_per_sample is None else images_per_sample
+        if features.ndim != 3:
+            raise InputError(f"features must be [N, 1 + S, C], got shape {list(features.shape)}")
+        counts = _counts(prompts, images_per_sample, len(features))
         rows = [
             self.prompt_ids(prompt, count) for prompt, count in zip(prompts, counts, strict=True)
         ]
+        if [] in rows:
+            raise InputError(f"the prompt {prompts[rows.index([])]!r} has no tokens and no images")
         ids, mask = _pad(rows, left=True)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        # <image> may lie behind the last row of the table; what stands there is replaced anyway.
+        # <image> may lie after the last row of the table; what stands there is replaced anyway.
         text = self.language_model.get_input_embeddings()(ids.masked_fill(self._is_image(ids), 0))
         return insert_visual_tokens(
             text,
@@ -144,13 +160,20 @@ class VisualLanguageModel(nn.Module):
 
     def prompt_ids(self, prompt: str, images: int = 1) -> list[int]:
         """Token ids of a prompt up to where the answer begins."""
-        if IMAGE_TOKEN not in prompt:
-            prompt = f"{IMAGE_TOKEN}\n" * images + prompt
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(f"{prompt}\n").input_ids
-        turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._prompts.prompt_ids(prompt, images)
+
+    def check_answer(self, prompt: str, answer: str, images: int = 1) -> None:
+        """Raise if the language model cannot be trained to answer a prompt like this.
+
+        Raises:
+            InputError: The answer has ``<image>`` in it or no tokens, or does not fit behind the
+                images and the prompt.
+        """
+        ids = self.answer_ids(answer)
+        if len(ids) == 1:
+            raise InputError("it has no tokens")
+        before = len(self.prompt_ids(prompt, images)) + images * (self.tokens_per_image - 1)
+        check_context(self.context_limit, before, len(ids))
 
     def read(
         self,
@@ -158,16 +181,13 @@ class VisualLanguageModel(nn.Module):
         prompts: Sequence[str],
         images_per_sample: Sequence[int] | None = None,
     ) -> Prefix:
-        """Run the language model over images and prompts once; arguments as :meth:`compose`."""
+        """Run the language model over images and prompts once; arguments as :meth:`compose`.
+
+        Raises:
+            InputError: As :meth:`compose`, or they are more than the language model reads.
+        """
         sequence = self.compose(features, prompts, images_per_sample)
-        out = self.language_model(
-            inputs_embeds=sequence.inputs_embeds,
-            attention_mask=sequence.attention_mask,
-            position_ids=sequence.position_ids,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return Prefix(out.past_key_values, out.logits, sequence.attention_mask)
+        return read_prefix(self.language_model, sequence, self._shares_cache)
 
     def answer_log_probs(
         self, prefix: Prefix, answers: Sequence[Sequence[str]]
@@ -179,37 +199,33 @@ class VisualLanguageModel(nn.Module):
             answers: ``A`` answers for each of the samples.
 
         Returns:
-            Log-probabilities, fp32 ``[B, A, T]``, zero behind an answer's end, and the number of
-            tokens of each answer, ``[B, A]``. Logits are computed for the answers alone.
+            Log-probabilities, fp32 ``[B, A, T]``, zero after an answer's end, and the number of
+            tokens of each answer, ``[B, A]``.
+
+        Raises:
+            InputError: The samples have different numbers of answers, or an answer does not fit
+                into what the language model reads.
         """
-        (count,) = {len(row) for row in answers}
+        count = _answers_per_sample(answers, len(prefix.lengths))
         rows = [self.answer_ids(answer) for row in answers for answer in row]
+        before = [length for length in prefix.lengths for _ in range(count)]
+        for length, row in zip(before, rows, strict=True):
+            check_context(self.context_limit, length, len(row))
         ids, mask = (padded.to(self.device) for padded in _pad(rows, left=False))
-        cache = _repeated(prefix.cache, count)
-        before = prefix.attention_mask.repeat_interleave(count, 0)
-        attended = torch.cat([before, mask[:, :-1]], 1)
-        rest = self.language_model(
-            input_ids=ids[:, :-1],
-            attention_mask=attended,
-            position_ids=(attended.cumsum(1) - 1)[:, before.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        logits = torch.cat([prefix.logits.repeat_interleave(count, 0), rest], 1)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
-        log_probs = -(losses.view_as(ids) * mask)
-        return log_probs.unflatten(0, (-1, count)), mask.sum(1).unflatten(0, (-1, count))
+        log_probs = torch.zeros(ids.shape, device=self.device)
+        if rows:
+            logits = answer_logits(self.language_model, prefix, ids, mask, count)
+            log_probs = token_log_probs(logits, ids, mask)
+        shape = (len(prefix.lengths), count)
+        return log_probs.unflatten(0, shape), mask.sum(1).unflatten(0, shape)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer and the end of text.
 
         Raises:
-            ValueError: The answer has ``<image>`` in it, which the language model cannot write.
+            InputError: The answer has ``<image>`` in it, which the language model cannot write.
         """
-        if IMAGE_TOKEN in answer:
-            raise InputError(f"the answer {answer!r} has {IMAGE_TOKEN} in it")
-        ids = self.tokenizer(answer, add_special_tokens=False).input_ids
-        return [*ids, self.tokenizer.eos_token_id]
+        return self._prompts.answer_ids(answer)
 
     def forward(
         self,
@@ -218,14 +234,20 @@ class VisualLanguageModel(nn.Module):
         answers: Sequence[Sequence[str]],
         images_per_sample: Sequence[int] | None = None,
     ) -> Tensor:
-        """Mean negative log-likelihood of a token of the answers, given images and prompts.
+        """Mean negative log-likelihood per token of the answers, given images and prompts.
 
         The images and the prompt of a sample pass through the language model once, however many
-        answers it has. Arguments as :meth:`compose` and :meth:`answer_log_probs`.
+        answers it has, if those can share its cache. Arguments and errors as :meth:`compose` and
+        :meth:`answer_log_probs`.
+
+        Raises:
+            InputError: There are no answers.
         """
         log_probs, lengths = self.answer_log_probs(
             self.read(features, prompts, images_per_sample), answers
         )
+        if not log_probs.numel():
+            raise InputError("there are no answers to compute a loss of")
         return -log_probs.sum() / lengths.sum()
 
     @torch.inference_mode()
@@ -244,17 +266,51 @@ class VisualLanguageModel(nn.Module):
             images_per_sample: ``B`` counts; ``None`` means one image each.
             **options: For ``language_model.generate``, such as ``max_new_tokens``, ``do_sample`` or
                 a ``streamer``.
+
+        Raises:
+            InputError: As :meth:`compose`, or images, prompt and the longest answer are more than
+                the language model reads.
         """
+        if isinstance(images, Image.Image):
+            raise InputError("images must be a list of images, got one image")
+        _counts(prompts, images_per_sample, len(images))
         sequence = self.compose(self.features(images), prompts, images_per_sample)
-        ids = self.language_model.generate(
-            inputs_embeds=sequence.inputs_embeds,
-            attention_mask=sequence.attention_mask,
-            pad_token_id=self.tokenizer.eos_token_id,
+        lengths = (sequence.attention_mask != 0).sum(1).tolist()
+        for length in lengths:
+            check_context(self.context_limit, length, self._longest_answer(length, options))
+        ends = {self.tokenizer.eos_token_id, *end_of_text_ids(self.language_model)}
+        options = {
+            "pad_token_id": self.tokenizer.eos_token_id,
+            "eos_token_id": sorted(ends),
             **options,
-        )
-        return self.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        }
+        answers: list[str] = []
+        for embeds, mask in self._generated_together(sequence, lengths):
+            ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+            answers += self.tokenizer.batch_decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return answers
+
+    def _longest_answer(self, before: int, options: dict[str, Any]) -> int:
+        """Tokens of the longest answer that ``options`` allow; 1 where they set no limit."""
+        config = options.get("generation_config") or self.language_model.generation_config
+        given = {**config.to_diff_dict(), **options}
+        if given.get("max_new_tokens") is not None:
+            return given["max_new_tokens"]
+        return max(1, (given.get("max_length") or 0) - before)
+
+    def _generated_together(
+        self, sequence: VisualSequence, lengths: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Embeddings and masks: all in one, or without padding where the model might notice it."""
+        embeds, mask = sequence.inputs_embeds, sequence.attention_mask
+        if not lengths:
+            return []
+        if self._shares_cache or min(lengths) == max(lengths):
+            return [(embeds, mask)]
+        rows = zip(embeds.split(1), mask.split(1), lengths, strict=True)
+        return [(row[:, -length:], row_mask[:, -length:]) for row, row_mask, length in rows]
 
 
 def default_device() -> torch.device:
@@ -270,20 +326,37 @@ def check_backend() -> None:
         raise InputError(str(error)) from error
 
 
+def _counts(
+    prompts: Sequence[str], images_per_sample: Sequence[int] | None, images: int
+) -> list[int]:
+    """Images of each sample, checked against the numbers of prompts and images."""
+    check_texts(prompts, "prompts")
+    given = [1] * len(prompts) if images_per_sample is None else images_per_sample
+    counts = [operator.index(count) for count in given]
+    if len(counts) != len(prompts):
+        raise InputError(f"images_per_sample has {len(counts)} entries for {len(prompts)} prompts")
+    if sum(counts) != images or min(counts, default=0) < 0:
+        raise InputError(f"{len(prompts)} prompts with {counts} images each, got {images} images")
+    return counts
+
+
+def _answers_per_sample(answers: Sequence[Sequence[str]], samples: int) -> int:
+    if isinstance(answers, str) or len(answers) != samples:
+        raise InputError(f"answers must be {samples} lists of texts, got {answers!r:.60}")
+    for row in answers:
+        check_texts(row, "the answers of a sample")
+    counts = sorted({len(row) for row in answers})
+    if len(counts) > 1:
+        raise InputError(f"every sample needs the same number of answers, got {counts}")
+    return counts[0] if counts else 0
+
+
 def _pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids ``[B, T]``, zero at padding, and their mask."""
-    longest = max(map(len, rows))
+    longest = max(map(len, rows), default=0)
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for row, row_mask, tokens in zip(ids, mask, rows, strict=True):
         where = slice(longest - len(tokens), None) if left else slice(len(tokens))
         row[where] = torch.tensor(tokens)
         row_mask[where] = 1
     return ids, mask
-
-
-def _repeated(cache: Any, count: int) -> Any:
-    """A cache with every row ``count`` times; the tensors of ``cache`` stay as they are."""
-    repeated = copy.copy(cache)
-    repeated.layers = [copy.copy(layer) for layer in cache.layers]
-    repeated.batch_repeat_interleave(count)
-    return repeated

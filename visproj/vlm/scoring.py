@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visproj.errors import InputError
 from visproj.vlm.model import VisualLanguageModel
+from visproj.vlm.prompts import check_texts
 
 ANSWERS = 32  # scored together: their logits are as wide as the vocabulary
 
@@ -46,13 +48,20 @@ def caption_loss(
         views: Features ``[V, 1 + S, C]`` of each photograph's views.
         captions: The captions of each photograph.
         prompt: What the model is asked about each view.
+
+    Raises:
+        InputError: There are no views or no captions, or they are of different numbers of
+            photographs.
     """
+    _check_photographs(views, captions)
     total, tokens = 0.0, 0
     for features, own in zip(views, captions, strict=True):
         prefix = model.read(features, [prompt] * len(features))
         log_probs, lengths = model.answer_log_probs(prefix, [own] * len(features))
         total -= log_probs.sum().item()
         tokens += int(lengths.sum())
+    if not tokens:
+        raise InputError("there are no captions to score")
     return total / tokens
 
 
@@ -66,33 +75,43 @@ def caption_scores(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every caption given every view.
 
-    A view's image and prompt pass through the language model once; every caption continues from
-    that key-value cache. Arguments as :func:`caption_loss`; ``progress`` is called once a view.
+    A view's image and prompt pass through the language model once, where captions can share its
+    key-value cache. Arguments as :func:`caption_loss`; ``progress`` is called once per view.
 
     Returns:
         Sums of log-probabilities, fp32 ``[views, captions]``, photograph by photograph, and the
         number of tokens of each caption, ``[captions]``.
+
+    Raises:
+        InputError: The views are of another number of photographs than the captions.
     """
+    _check_photographs(views, captions)
     everything = [caption for own in captions for caption in own]
-    rows, lengths = [], torch.zeros(0)
-    for features in views:
-        for view in features:
-            row, lengths = _scores(model, view, everything, prompt)
-            rows.append(row)
-            progress()
-    return torch.stack(rows), lengths
+    lengths = torch.tensor([len(model.answer_ids(text)) for text in everything], dtype=torch.long)
+    scores = torch.zeros(sum(map(len, views)), len(everything))
+    flat = (view for features in views for view in features)
+    for row, view in zip(scores, flat, strict=True):
+        row[:] = _scores(model, view, everything, prompt)
+        progress()
+    return scores, lengths
 
 
 def _scores(
     model: VisualLanguageModel, view: Tensor, captions: Sequence[str], prompt: str
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     prefix = model.read(view[None], [prompt])
-    parts = []
-    for start in range(0, len(captions), ANSWERS):
-        log_probs, lengths = model.answer_log_probs(prefix, [captions[start : start + ANSWERS]])
-        parts.append((log_probs[0].sum(-1), lengths[0]))
-    scores, lengths = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return scores, lengths
+    parts = [
+        model.answer_log_probs(prefix, [captions[start : start + ANSWERS]])[0][0].sum(-1)
+        for start in range(0, len(captions), ANSWERS)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _check_photographs(views: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> None:
+    if len(views) != len(captions):
+        raise InputError(f"views of {len(views)} photographs, captions of {len(captions)}")
+    for own in captions:
+        check_texts(own, "the captions of a photograph")
 
 
 def own_loss(scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor) -> float:
@@ -103,8 +122,13 @@ def own_loss(scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tenso
         lengths: ``[captions]``.
         view_of: The photograph of each view.
         caption_of: The photograph of each caption.
+
+    Raises:
+        InputError: No view has a caption of its own.
     """
     own = view_of[:, None] == caption_of
+    if not own.any():
+        raise InputError("there are no captions to score")
     return (-(scores * own).sum() / (lengths * own).sum()).item()
 
 
@@ -115,8 +139,14 @@ def retrieval(
 
     Arguments as :func:`own_loss`; ``seed`` draws the permutation of the control. Chance is what the
     captions that were picked would meet among randomly assigned photographs.
+
+    Raises:
+        InputError: There are no views or no captions.
     """
     from scipy.stats import binom
+
+    if not scores.numel():
+        raise InputError("there are no views or no captions to score")
 
     picked = caption_of[(scores / lengths).argmax(1)]
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 from visproj.errors import InputError
 from visproj.files import cache_folder, replacing, write_json
 from visproj.projectors import KINDS
-from visproj.vlm.captions import CaptionedPhotograph, load_captions
+from visproj.vlm.captions import CaptionedPhotograph, check_captions, load_captions
 from visproj.vlm.encoders import load_encoder
 from visproj.vlm.figures import loss_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, load_language_model
@@ -193,6 +193,7 @@ def _train(
         tokenizer,
         cache_dir=None if (cache := cache_folder()) is None else cache / "features",
     )
+    check_captions(photographs, options.prompt, model)
     if device.type == "cpu":  # where the backward of fused attention costs a step 15 % more
         language_model.set_attn_implementation("eager")
     clock.lap("loading")
