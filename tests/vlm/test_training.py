@@ -464,7 +464,7 @@ def asked(monkeypatch):
     calls = []
 
     def fake(options, settings, **callbacks):
-        calls.append((options, settings, backend._current))
+        calls.append((options, settings, backend._choose(None)))
         return REPORT
 
     monkeypatch.setattr(training, "run_training", fake)
