@@ -497,37 +497,3 @@ def test_without_biases():
     projector.projection[1].bias = None
     x = features(1, 17)
     torch.testing.assert_close(fold(projector, grid=(4, 4))(x), projector(x), **EXACT)
-
-
-@pytest.mark.parametrize("kind", ["vit", "perceiver"])
-def test_dropout_folds_in_eval_mode(kind):
-    """It acts after the softmax, and never in eval mode; the folded form has none in either."""
-    projector = make(kind)
-    attention = projector.attn if kind == "perceiver" else projector.vis_layer.self_attn
-    attention.dropout = 0.5
-    with pytest.raises(ValueError, match="its dropout is active"):
-        fold(projector)
-    x = features(1, 257)
-    folded = fold(projector.eval())
-    torch.testing.assert_close(folded(x), projector(x), **EXACT)
-    assert torch.equal(folded.train()(x), folded.eval()(x))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@FORMS
-@pytest.mark.parametrize("kind", KINDS)
-def test_folded_products_are_quantised(kind, triton):
-    """Tools that exchange Linears find the folded ones, and what they put there is called."""
-    folded = fold(make(kind, dtype=torch.float32), triton=triton)
-    quantised = torch.ao.quantization.quantize_dynamic(folded, {nn.Linear}, dtype=torch.qint8)
-    x = features(2, 17, dtype=torch.float32)
-    error = rms_error(quantised(x), folded(x))
-    # 8 bits per product: 2**-8 of the largest of some 30 to 60 terms, in two or three products.
-    assert 1e-3 < error < 0.1
-
-
-def test_a_folded_weight_that_requires_gradients_is_refused():
-    folded = fold(make("perceiver"))
-    folded.kv.linear.weight.requires_grad_()
-    with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
-        folded(features(1, 17))

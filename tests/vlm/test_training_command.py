@@ -35,7 +35,7 @@ def asked(monkeypatch):
     calls = []
 
     def fake(options, settings, **callbacks):
-        calls.append((options, settings, backend._current))
+        calls.append((options, settings, [block.name for block in backend._blocks]))
         return REPORT
 
     monkeypatch.setattr(training, "run_training", fake)
@@ -74,7 +74,7 @@ def test_every_option_reaches_its_place(run, asked, tmp_path):
     assert settings == TrainingSettings(
         epochs=7, learning_rate=3e-4, batch=5, accumulate=6, dtype="float32", seed=11
     )
-    assert chosen == "torch"
+    assert chosen == ["torch"]
     assert f"projector, log and loss curve in {tmp_path / 'out'}" in stdout
 
 
@@ -85,7 +85,7 @@ def test_the_command_has_the_defaults_of_the_settings(run, asked, kind, epochs):
     assert settings == TrainingSettings(epochs=epochs)
     assert options == TrainingOptions(kind, options.out)
     assert options.out.parts == ("visproj-train", kind)
-    assert chosen == "auto"
+    assert chosen == ["auto"]
 
 
 def test_the_help_names_every_option(run):
