@@ -8,6 +8,7 @@ depth of a product, and queries x keys of attention.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -178,7 +179,8 @@ def candidates(
     first: Any = operands[0]
     arch = architecture(first.device)
     found, pointers = _found(kernel, first.dtype, precision, arch)
-    if not switched_on("VISPROJ_DESCRIPTORS") or found is pointers:
+    off = os.environ.get("VISPROJ_DESCRIPTORS") and not switched_on("VISPROJ_DESCRIPTORS")
+    if off or found is pointers:
         return pointers
     return found if describable(*operands) else pointers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def run_best(
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     config = choices[0]
-    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1:
+    off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
+    if not off and len(choices) > 1:
         rows, *rest = shape
         names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
         key = (like.device, tuple(choices), *names)

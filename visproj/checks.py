@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visproj.errors import InputError
-from visproj.ops.checks import check_floating
+from visproj.ops.checks import check_all_floating
 
 
 def vision_width(vis_config: object) -> int:
@@ -91,7 +91,7 @@ def check_features(x: Tensor, width: int) -> None:
         TypeError: If ``x`` is not a floating-point tensor.
         ValueError: If it has fewer than two dimensions or another width.
     """
-    check_floating("visual features", x)
+    check_all_floating(**{"visual features": x})
     if x.ndim < 2 or x.shape[-1] != width:
         raise InputError(
             f"visual features must be [..., tokens, {width}], got shape {list(x.shape)}"

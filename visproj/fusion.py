@@ -47,7 +47,9 @@ def why_not_plain(module: nn.Module, reads: Reads) -> tuple[str, str] | None:
         The child's name and the reason, or ``None`` if all children are plain.
     """
     for name, kind in reads.items():
-        child: Any = _descendant(module, name)
+        child: Any = module
+        for part in name.split("."):
+            child = getattr(child, part, None)
         if reason := _why_called(child, kind):
             return name, reason
         if kind is nn.Sequential:
@@ -55,12 +57,6 @@ def why_not_plain(module: nn.Module, reads: Reads) -> tuple[str, str] | None:
             if len(child) != wanted:
                 return name, f"it has {len(child)} children, not {wanted}"
     return None
-
-
-def _descendant(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 def is_plain(module: nn.Module, reads: Reads) -> bool:
@@ -117,7 +113,10 @@ def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
             return "it adds rows to keys and values (bias_k or add_zero_attn)"
         if module.training and module.dropout:
             return "its dropout is active"
-    return why_touched(module)
+    # Asked here as well, because this is asked of every child in every forward.
+    if "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS):
+        return why_touched(module)
+    return None
 
 
 def linear_layer_norm(x: Tensor, linear: Any, norm: Any) -> Tensor:

@@ -183,6 +183,8 @@ class PositionedModule(nn.Module):
 
         In training, weights are also written through ``.data``, which leaves no trace on a tensor.
         """
+        if source == target:
+            return table
         resize = resize_position_table if self.training else self._positions.resize
         return resize(table, source, target)
 

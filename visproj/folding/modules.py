@@ -76,8 +76,10 @@ class FoldedProjector(nn.Module):
 
     def check(self, x: Tensor, attn_mask: Tensor | None = None) -> None:
         """Raise unless ``x`` can be projected, and no gradient is asked for."""
+        like = self.like
         check_features(x, self.config["vis_dim"])
-        check_alike("visual features", x, "the folded weights", self.like)
+        if x.dtype != like.dtype or x.device != like.device:
+            check_alike("visual features", x, "the folded weights", like)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad)

@@ -84,9 +84,8 @@ def _check(inputs: Inputs) -> None:
         bias=inputs.bias,
         stats_weight=stats_weight,
         stats_bias=inputs.stats_bias,
+        table=x if table is None else table,
     )
-    if table is not None:
-        check_all_floating(table=table)
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise InputError(
             "x must be [..., L, C] and weight [N, C], got shapes "
