@@ -41,7 +41,7 @@ def run_best(
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     config = choices[0]
-    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1 and not INTERPRETING:
+    if switched_on("VISPROJ_AUTOTUNE") and len(choices) > 1:
         with _lock:
             config = _remembered_or_timed(kernel, shape, choices, run, like)
     run(config)
@@ -64,6 +64,8 @@ def _remembered_or_timed(
     run: Callable[[Config], None],
     like: Tensor,
 ) -> Config:
+    if INTERPRETING:
+        return choices[0]
     rows, *rest = shape
     parts = (kernel, architecture(), like.dtype, triton.next_power_of_2(rows), *rest)
     key = " ".join(map(str, parts))
