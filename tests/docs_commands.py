@@ -27,7 +27,7 @@ INSTEAD = {
         "the whole set takes two to three minutes",
     ),
     "visproj train --kind perceiver": (
-        "visproj train --kind perceiver --data photographs --epochs 1",
+        "visproj train --kind perceiver --data photographs --epochs 1 --queries 4",
         "the default takes 16 minutes",
     ),
     "visproj extract Qwen/Qwen-VL-Chat encoder/": (
