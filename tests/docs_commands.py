@@ -27,7 +27,7 @@ INSTEAD = {
         "the whole set takes two to three minutes",
     ),
     "visproj train --kind perceiver": (
-        "visproj train --kind perceiver --data photographs --epochs 1",
+        "visproj train --kind perceiver --data photographs --language-model tiny-llama --epochs 1",
         "the default takes 16 minutes",
     ),
     "visproj extract Qwen/Qwen-VL-Chat encoder/": (
@@ -140,7 +140,8 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT, folder, ignore=ignored)
 
 
-# Made with the first environment's Python: a photograph, a folder to train on, a checkpoint.
+# Made with the first environment's Python: a photograph, a folder to train on, and of reduced size
+# a language model and a Qwen-VL checkpoint.
 MATERIAL = """
 import json, sys
 from pathlib import Path
@@ -148,7 +149,10 @@ import torch
 from PIL import Image
 sys.path.insert(0, "tests")
 from qwen_vl.checkpoints import write_checkpoint
+from vlm.tiny import tiny_language_model, tiny_tokenizer
 write_checkpoint(Path("checkpoint"))
+tiny_language_model().save_pretrained("tiny-llama")
+tiny_tokenizer().save_pretrained("tiny-llama")
 torch.manual_seed(0)
 Path("photographs").mkdir()
 lines = []
