@@ -39,13 +39,16 @@ STEP = "a step of .ci/run"
 NOT_RUN = {
     "pytest": STEP,
     "pytest -m slow": STEP,
+    "pytest -m quick": STEP,
+    "MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default pytest tests/kernels tests/ops "
+    "tests/projectors tests/test_folding.py tests/test_positions.py": STEP,
     "pytest -m sanitizer": STEP,
     "pytest -m distributed": STEP,
     "pytest -m distributed -n0": STEP,
     "python tests/sanitizer/gate.py -q": STEP,
     "pip install --ignore-requires-python --no-deps ttsem==0.1.0 triton==3.8.0": STEP,
     "python -m benchmarks.codegen --arch 90 --dtype bf16": STEP + ", for all architectures",
-    "pytest -n0 -s tests/test_positions.py": "one file of those that `pytest` runs",
+    "pytest -s tests/test_positions.py": "one file of those that `pytest` runs",
     ".ci/run": "runs this",
     "python -m venv .venv": "every environment here is one",
     "source .venv/bin/activate": "every environment here is one",

@@ -41,9 +41,9 @@ def test_an_example_of_another_type(projector, example, message):
         graphed(projector, example)
 
 
-@pytest.mark.parametrize("module", [None, torch.relu, "perceiver"], ids=repr)
+@pytest.mark.parametrize("module", [None, torch.relu, "perceiver"], ids=["None", "function", "str"])
 def test_no_module(module):
-    with pytest.raises(TypeError, match=r"module must be an nn\.Module, got "):
+    with pytest.raises(TypeError, match=r"graphed takes an nn\.Module, got "):
         graphed(module, torch.zeros(1, 5, 32))
 
 
