@@ -50,6 +50,7 @@ NOT_RUN = {
     "python -m benchmarks.codegen --arch 90 --dtype bf16": STEP + ", for all architectures",
     "pytest -s tests/test_positions.py": "one file of those that `pytest` runs",
     ".ci/run": "runs this",
+    "python tests/docs_commands.py": "is this",
     "python -m venv .venv": "every environment here is one",
     "source .venv/bin/activate": "every environment here is one",
 }

