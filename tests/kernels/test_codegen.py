@@ -42,6 +42,7 @@ FIRST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "arch", "config"), FIRST)
 def test_first_choices(first_choices, kernel, arch, config):
     assert first_choices[kernel, arch, config] == []

@@ -248,9 +248,11 @@ def _check_loaded(report: dict[str, Any], name: str) -> None:
         for key in report["unexpected_keys"]
         if re.search(r"\blayers?\.\d", key) and not key.startswith("text_model.")
     ]
+    # Names in transformers 4, with both shapes in 5.
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     for keys, what in (
         (report["missing_keys"], "lacks the weights"),
-        ([key for key, *_ in report["mismatched_keys"]], "has other shapes in config.json than of"),
+        (mismatched, "has other shapes in config.json than of"),
         (left, "has more layers than config.json says:"),
     ):
         if keys:
