@@ -246,7 +246,6 @@ def test_a_graph_outlives_no_casts():
     """Autocast frees the casts it keeps when it ends, and a graph would go on reading them."""
     projector = make("baseline", dtype=torch.float32)
     on_a_gpu = mock.Mock(device=torch.device("cuda", 0))
-    projector.to("meta")
     with (
         mock.patch("visproj.folding.graphs.check_floating"),
         mock.patch("visproj.folding.graphs.check_device"),
