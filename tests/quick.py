@@ -22,7 +22,6 @@ QUICK = {
     "kernels/test_sources.py": "all",
     "ops/test_cross_attention.py": ("test_literal", "test_rounding"),
     "ops/test_custom_ops.py": (
-        "test_fakes_in_16_bits",
         "test_gradients_only_where_asked",
         "test_second_derivative_is_a_clear_error",
     ),
