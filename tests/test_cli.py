@@ -1,9 +1,7 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,19 +175,6 @@ def test_ctrl_c(run, monkeypatch, error, said):
     """In a command, which may have something to say about it."""
     monkeypatch.setattr(info, "describe", ends_with(error))
     assert run("info") == (130, "", f"{said}\n")
-
-
-def test_ctrl_c_that_a_library_swallowed(run, monkeypatch):
-    """What it breaks in that library is no bug of ours."""
-
-    def app(**options):
-        with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        raise RecursionError("a module that is half imported")
-
-    monkeypatch.setattr(cli, "app", app)
-    assert run() == (130, "", "stopped\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), InputError("too long")], ids=repr)

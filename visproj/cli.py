@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from visproj import __version__
 from visproj.errors import InputError
-from visproj.outcome import discard_output, errors, fail, interrupts, output, stop
+from visproj.outcome import discard_output, errors, fail, output, stop
 
 if TYPE_CHECKING:
     from visproj.vlm.demo import DemoReport
@@ -426,19 +426,16 @@ def main() -> None:
         # A terminal of few characters shows a "?" for the others.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
-    with interrupts() as interrupted:
-        try:
-            status = app(prog_name="visproj", standalone_mode=False)
-            output.file.flush()
-        except (KeyboardInterrupt, typer.Abort):
-            stop()
-        except BrokenPipeError:  # `visproj ... | head` has seen enough
-            discard_output()
-            sys.exit(1)
-        except Exception as error:
-            if interrupted:
-                stop()
-            fail(error)
+    try:
+        status = app(prog_name="visproj", standalone_mode=False)
+        output.file.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        stop()
+    except BrokenPipeError:  # `visproj ... | head` has seen enough
+        discard_output()
+        sys.exit(1)
+    except Exception as error:
+        fail(error)
     if status == 130:  # typer's for Ctrl-C while arguments are read
         stop()
     sys.exit(status or 0)

@@ -1,13 +1,8 @@
 """How the command line talks and ends: its consoles, and one line for each expected error."""
 
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -35,29 +30,6 @@ REQUIREMENTS = {
 _ARGUMENTS: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Yield a list that grows with each Ctrl-C.
-
-    Some libraries swallow the interrupt while they are imported, and fail in odd ways later.
-    """
-    seen: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop(interrupt: KeyboardInterrupt | None = None) -> NoReturn:
