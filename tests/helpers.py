@@ -7,6 +7,7 @@ from torch import nn
 
 from visproj import PerceiverProjector, build_projector
 from visproj.fusion import why_not_plain
+from visproj.progress import Progress
 
 VIS_CONFIG = SimpleNamespace(
     hidden_size=32,
@@ -94,3 +95,17 @@ def is_plain(child, kind):
     holder.child = child
     children = {f"child.{name}": type(module) for name, module in child.named_children()}
     return why_not_plain(holder, {"child": kind, **children}) is None
+
+
+class Recorder(Progress):
+    """Keeps what it receives: stages, and for every step the number of stages begun."""
+
+    def __init__(self):
+        self.stages, self.advances, self.notes = [], [], []
+
+    def stage(self, name, total=0, done=0):
+        self.stages.append((name, total, done))
+
+    def advance(self, note=""):
+        self.advances.append(len(self.stages))
+        self.notes.append(note)

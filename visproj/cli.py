@@ -134,10 +134,12 @@ def demo(
     ] = 0,
 ) -> None:
     """Project photographs with every projector, untrained, and draw what there is to see."""
-    with errors.status("importing transformers and matplotlib") as status:
+    with errors.status("importing transformers and matplotlib"):
+        from visproj.progress import ConsoleProgress
         from visproj.vlm.demo import run_demo
 
         _quiet_libraries()
+    with ConsoleProgress(errors, "reading the photographs", transient=True) as progress:
         report = run_demo(
             image or (),
             kinds=[member.value for member in kind or Kind],
@@ -145,7 +147,7 @@ def demo(
             prompt=prompt,
             out=out,
             seed=seed,
-            progress=status.update,
+            progress=progress,
         )
     _print_report(report, out, seed)
 
@@ -227,21 +229,21 @@ def extract(
     ] = False,
 ) -> None:
     """Write the vision encoder of a Qwen-VL checkpoint as a model of its own."""
+    from visproj.progress import ConsoleProgress
     from visproj.qwen_vl import extract_vision_encoder, render_summary
 
     if not Path(source).is_dir():
         _quiet_hub()
-    if errors.is_terminal:
-        errors.print(f"opening {source}")
-    summary = extract_vision_encoder(
-        source,
-        dest,
-        dtype=None if dtype is None else dtype.value,
-        revision=revision,
-        format=format.value,
-        overwrite=overwrite,
-        progress=errors.is_terminal,
-    )
+    with ConsoleProgress(errors, "opening the checkpoint", transient=True) as progress:
+        summary = extract_vision_encoder(
+            source,
+            dest,
+            dtype=None if dtype is None else dtype.value,
+            revision=revision,
+            format=format.value,
+            overwrite=overwrite,
+            progress=progress,
+        )
     output.print(render_summary(summary))
 
 
@@ -309,8 +311,9 @@ def train(
     """Train a projector between a frozen vision encoder and a frozen language model."""
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
+        from visproj.progress import ConsoleProgress
         from visproj.vlm.loop import TrainingSettings
-        from visproj.vlm.progress import TrainingProgress, render_report
+        from visproj.vlm.report import render_report
         from visproj.vlm.training import EPOCHS, TrainingOptions, run_training
 
         _quiet_libraries()
@@ -326,14 +329,8 @@ def train(
     options = TrainingOptions(
         kind.value, folder, data, encoder, language_model, queries=queries, resume=resume
     )
-    with use_backend(backend.value), TrainingProgress(errors) as progress:
-        report = run_training(
-            options,
-            settings,
-            stage=progress.stage,
-            on_step=progress.on_step,
-            advance=progress.advance,
-        )
+    with use_backend(backend.value), ConsoleProgress(errors, "reading the data") as progress:
+        report = run_training(options, settings, progress=progress)
     output.print(render_report(report, kind.value), soft_wrap=False)
     output.print(f"projector, log and loss curve in {folder}")
 
@@ -366,28 +363,30 @@ def chat(
     backend: Annotated[Backend, typer.Option(help="What the projector runs on.")] = Backend.auto,
 ) -> None:
     """Ask a trained projector's model about photographs."""
-    with errors.status("importing torch and transformers") as status:
+    with errors.status("importing torch and transformers"):
         from visproj import use_backend
+        from visproj.progress import ConsoleProgress
         from visproj.vlm.chat import ChatOptions, run_chat
 
         _quiet_libraries()
-        began = False
+    options = ChatOptions(
+        projector, image, prompt, encoder, language_model, attention, max_new_tokens
+    )
+    began = False
 
-        def write(piece: str) -> None:
-            nonlocal began
-            began = True
-            status.stop()
-            print(piece, end="", flush=True)
+    def write(piece: str) -> None:
+        nonlocal began
+        began = True
+        progress.stop()
+        print(piece, end="", flush=True)
 
-        options = ChatOptions(
-            projector, image, prompt, encoder, language_model, attention, max_new_tokens
-        )
-        try:
-            with use_backend(backend.value):
-                run_chat(options, write=write, progress=status.update)
-        finally:
-            if began:
-                print(flush=True)
+    try:
+        reading = ConsoleProgress(errors, "reading the photographs", transient=True)
+        with use_backend(backend.value), reading as progress:
+            run_chat(options, write=write, progress=progress)
+    finally:
+        if began:
+            print(flush=True)
 
 
 @app.command(

@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from helpers import Recorder
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from qwen_vl.checkpoints import (
     BLOCK,
@@ -186,8 +187,10 @@ def test_wrapped_checkpoint(tmp_path, wrapper):
 
 
 def test_summary_in_words(tmp_path):
-    source = write_checkpoint(tmp_path / "full")
-    text = render_summary(extract_vision_encoder(source, tmp_path / "encoder", progress=True))
+    source, progress = write_checkpoint(tmp_path / "full"), Recorder()
+    text = render_summary(extract_vision_encoder(source, tmp_path / "encoder", progress=progress))
+    assert progress.stages == [("opening the checkpoint", 0, 0), ("copying tensors", 41, 0)]
+    assert progress.advances == [2] * 41
     assert f"{source} -> {tmp_path / 'encoder'}" in text
     parameters = sum(tensor.numel() for tensor in visual_tensors().values())
     assert f"tensors: 41, parameters: {parameters:,}, float32" in text

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from helpers import Recorder
 from PIL import Image
 from vlm.tiny import (
     PROMPT,
@@ -144,9 +145,9 @@ def test_command_writes_the_answer_and_nothing_else(loaded, run, out, photo):
     status, stdout, stderr = run("--projector", out, "--image", photo, "--max-new-tokens", 9)
     assert (status, stderr) == (0, "")
     assert stdout == generated(max_new_tokens=9) + "\n"
-    stages = []
-    run_chat(ChatOptions(out, [photo], max_new_tokens=1), progress=stages.append)
-    assert stages == [
+    progress = Recorder()
+    run_chat(ChatOptions(out, [photo], max_new_tokens=1), progress=progress)
+    assert [name for name, *_ in progress.stages] == [
         "loading the vision encoder",
         "loading the language model",
         "reading the images",

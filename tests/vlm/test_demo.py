@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from helpers import Recorder
 from PIL import Image
 
 from visproj.errors import InputError
@@ -18,12 +19,12 @@ def loaded(monkeypatch, offline_encoder, language):
 
 
 def test_default_run(loaded, tmp_path):
-    stages = []
+    progress = Recorder()
     before = torch.get_rng_state()
-    report = run_demo(out=tmp_path / "out", progress=stages.append)
+    report = run_demo(out=tmp_path / "out", progress=progress)
     assert torch.equal(torch.get_rng_state(), before)
-    assert stages[0] == "loading the vision encoder"
-    assert stages[-1] == "drawing"
+    assert progress.stages[0] == ("loading the vision encoder", 0, 0)
+    assert progress.stages[-1] == ("drawing", 0, 0)
     assert report.notes == []
 
     seen = [(row.kind, row.parameters, row.tokens_in, row.tokens_out) for row in report.rows]

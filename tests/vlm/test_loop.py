@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import Recorder
 from vlm.tiny import PROMPT, tiny_model
 from vlm.training_runs import (
     STEPS,
@@ -21,7 +22,7 @@ from vlm.training_runs import (
 )
 
 from visproj.vlm import loop
-from visproj.vlm.loop import TrainingData, train
+from visproj.vlm.loop import Step, TrainingData, TrainingRun, train
 
 
 def test_the_loss_falls(tmp_path):
@@ -369,3 +370,23 @@ def test_write_metrics_replaces_the_file(tmp_path):
     loop.write_metrics(tmp_path / "metrics.csv", run)
     assert_logged(tmp_path, run)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_the_note_has_the_means_of_the_last_ten_steps():
+    steps = [Step(n, 1, float(n), 1e-3, 1.0, 2.0 * n) for n in range(1, 13)]
+    assert TrainingRun(steps[:1]).note() == "loss 1.000, 2.00 images/s"
+    run = TrainingRun(steps, [(0, 9.0), (6, 8.5)])
+    assert run.note() == "loss 7.500, 15.00 images/s, held-out 8.500"
+
+
+def test_what_the_progress_receives(tmp_path):
+    """Of a whole run, and of one that was killed after its first checkpoint and goes on."""
+    progress = Recorder()
+    with pytest.raises(KilledError):
+        fit(tmp_path, on_step=dying(3), progress=progress)
+    assert progress.stages == [("training", STEPS, 0)]
+    assert len(progress.notes) == 3
+    again = Recorder()
+    fit(tmp_path, progress=again)
+    assert again.stages == [("training", STEPS, 2)]
+    assert len(again.notes) == STEPS - 2

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import Recorder
 from vlm.tiny import PROMPT, tiny_model
 
 from visproj.errors import InputError
@@ -101,9 +102,9 @@ def test_one_caption_more_than_are_scored_together(model, views, monkeypatch):
 
 
 def test_progress_counts_views(model, views):
-    calls = []
-    caption_scores(model, views, CAPTIONS, PROMPT, lambda: calls.append(1))
-    assert len(calls) == 6
+    progress = Recorder()
+    caption_scores(model, views, CAPTIONS, PROMPT, progress)
+    assert len(progress.advances) == 6
 
 
 def test_own_loss_is_caption_loss(model, views):

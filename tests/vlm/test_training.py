@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import Recorder
 from PIL import Image
 from vlm.tiny import WIDTH, tiny_language_model, tiny_tokenizer
 from vlm.training_models import (
@@ -42,29 +43,27 @@ class Finished(NamedTuple):
     data: Path
     report: TrainingReport
     models: Models
-    stages: list
-    advances: list
+    progress: Recorder
     steps: list
     seconds: float
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run, and what its callbacks were given."""
+    """A whole run, and what it reported."""
     folder = tmp_path_factory.mktemp("finished")
-    data, stages, advances, steps = write_data(folder / "data"), [], [], []
+    data, progress, steps = write_data(folder / "data"), Recorder(), []
     with pytest.MonkeyPatch.context() as patches:
         models = Models(patches, folder / "cache")
         begin = time.perf_counter()
         report = run_training(
             options(folder / "out", data),
             SETTINGS,
-            stage=lambda name, total: stages.append((name, total)),
+            progress=progress,
             on_step=lambda step, run: steps.append((step, run.total)),
-            advance=lambda: advances.append(len(stages)),
         )
         seconds = time.perf_counter() - begin
-    return Finished(folder / "out", data, report, models, stages, advances, steps, seconds)
+    return Finished(folder / "out", data, report, models, progress, steps, seconds)
 
 
 def state(out):
@@ -133,13 +132,13 @@ def test_the_checkpoint_is_the_trained_projector(finished):
 
 
 def test_the_stages(finished):
-    assert finished.stages == [
-        ("loading the language model", 0),
-        ("encoding the photographs", 3),
-        ("training", 0),
-        ("scoring every caption against every held-out view", 3 * HELD_OUT),
+    assert finished.progress.stages == [
+        ("loading the language model", 0, 0),
+        ("encoding the photographs", 3, 0),
+        ("training", STEPS, 0),
+        ("scoring every caption against every held-out view", 3 * HELD_OUT, 0),
     ]
-    assert finished.advances == [2] * 3 + [4] * 3 * HELD_OUT
+    assert finished.progress.advances == [2] * 3 + [3] * STEPS + [4] * 3 * HELD_OUT
 
 
 def held_out_loss(data, encoder, projector):
@@ -328,13 +327,19 @@ def test_options_are_checked(tmp_path, data, changes, message):
 def test_ctrl_c_says_what_is_kept(finished, models, tmp_path, stage, kept):
     out = tmp_path / "out"
 
-    def interrupt(*given):
-        if given[0] == stage or (getattr(given[0], "step", 0) == 3 and stage == "training"):
-            raise KeyboardInterrupt
+    class Interrupt(Recorder):
+        def stage(self, name, total=0, done=0):
+            super().stage(name, total, done)
+            if name == stage != "training":
+                raise KeyboardInterrupt
 
-    callbacks = {"on_step": interrupt} if stage == "training" else {"stage": interrupt}
+        def advance(self, note=""):
+            super().advance(note)
+            if self.stages[-1][0] == stage == "training" and self.advances.count(3) == 3:
+                raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt, match=f"^{kept}$"):
-        run_training(options(out, finished.data), SETTINGS, **callbacks)
+        run_training(options(out, finished.data), SETTINGS, progress=Interrupt())
     assert out.exists() == ("resume" in kept)
     got = run_training(options(out, finished.data, resume=out.exists()), SETTINGS)
     assert numbers(got) == numbers(finished.report)

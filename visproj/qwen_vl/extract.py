@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from visproj.errors import InputError
 from visproj.files import Entry, parse_dtype
+from visproj.progress import SILENT, Progress
 from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
 from visproj.qwen_vl.config import QwenVisionConfig
 from visproj.qwen_vl.keys import expected_shapes
@@ -61,7 +60,7 @@ def extract_vision_encoder(
     revision: str | None = None,
     format: str = "safetensors",
     overwrite: bool = False,
-    progress: bool = False,
+    progress: Progress = SILENT,
 ) -> ExtractionSummary:
     """Write the vision encoder of a Qwen-VL checkpoint as a model of its own.
 
@@ -81,7 +80,7 @@ def extract_vision_encoder(
         revision: Branch, tag or commit on the hub.
         format: ``"safetensors"``, or ``"bin"`` for both.
         overwrite: Replace an encoder that is at the destination.
-        progress: Show a bar on stderr.
+        progress: Receives the opening of the checkpoint, then every tensor as it is written.
 
     Returns:
         An :class:`ExtractionSummary`.
@@ -102,17 +101,18 @@ def extract_vision_encoder(
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     final = Path(destination).resolve()
     check_destination(final, overwrite)
+    progress.stage("opening the checkpoint")
     checkpoint = open_checkpoint(source, revision)
     entries = _entries(checkpoint, wanted)
-    with _bar(len(entries), progress) as on_written:
-        files = write_encoder(
-            final,
-            checkpoint.config,
-            entries,
-            with_bin=format == "bin",
-            overwrite=overwrite,
-            on_written=on_written,
-        )
+    progress.stage("copying tensors", len(entries))
+    files = write_encoder(
+        final,
+        checkpoint.config,
+        entries,
+        with_bin=format == "bin",
+        overwrite=overwrite,
+        on_written=lambda entry: progress.advance(),
+    )
     return ExtractionSummary(
         source=checkpoint.name,
         destination=final,
@@ -137,21 +137,6 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
         stored = checkpoint.tensor(key).dtype
         entries.append(Entry(name, dtype or stored, shape, partial(checkpoint.tensor, key)))
     return entries
-
-
-@contextmanager
-def _bar(tensors: int, shown: bool) -> Iterator[Callable[[Entry], None]]:
-    """What to call after every tensor."""
-    if not shown:
-        yield lambda entry: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("copying tensors", total=tensors)
-        yield lambda entry: bar.advance(task)
 
 
 def render_summary(summary: ExtractionSummary) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from visproj.errors import InputError
+from visproj.progress import SILENT, Progress
 from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, cropped_notes, load_encoder
 from visproj.vlm.figures import answer_attention_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, NAME, load_language_model
@@ -98,7 +99,7 @@ def run_chat(
     options: ChatOptions,
     *,
     write: Callable[[str], None] = lambda piece: None,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = SILENT,
 ) -> str:
     """Answer a prompt about photographs, greedily.
 
@@ -107,7 +108,7 @@ def run_chat(
     Args:
         options: Checkpoint, images and prompt.
         write: Called with every piece of the answer as it is written.
-        progress: Called with a few words as each stage begins.
+        progress: Receives each stage.
 
     Returns:
         The answer.
@@ -131,16 +132,16 @@ def run_chat(
     images = Images(photographs)
     prompt = projector.prompt if options.prompt is None else options.prompt
     _check_prompt(prompt, len(images))
-    progress("loading the vision encoder")
+    progress.stage("loading the vision encoder")
     encoder = load_encoder(_named(options.encoder, projector.encoder, OfflineEncoder.name))
     projector.check_encoder(encoder)
     for note in cropped_notes(encoder, photographs):
         logger.warning(note)
-    progress("loading the language model")
+    progress.stage("loading the language model")
     name = _named(options.language_model, projector.language_model, NAME)
     model = _assemble(encoder, projector, name)
 
-    progress("reading the images")
+    progress.stage("reading the images")
     answer = Answer(model.tokenizer, write)
     model.generate(
         images,

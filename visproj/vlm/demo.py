@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visproj.errors import InputError
+from visproj.progress import SILENT, Progress
 from visproj.projectors import KINDS, PerceiverProjector, build_projector
 from visproj.reference import projector_ref
 from visproj.vlm.compose import insert_visual_tokens
@@ -74,7 +75,7 @@ def run_demo(
     prompt: str = "Describe the photograph.",
     out: Path = Path("visproj-demo"),
     seed: int = 0,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = SILENT,
 ) -> DemoReport:
     """Project photographs with untrained projectors and draw what there is to see.
 
@@ -88,7 +89,7 @@ def run_demo(
         prompt: Text beside each image, which stands where ``<image>`` does, or else in front.
         out: Folder for the pictures, made if it is missing.
         seed: Seeds each projector's initialisation.
-        progress: Called with a few words as each stage begins.
+        progress: Receives each stage.
 
     Raises:
         ValueError: An unknown kind, or an input that cannot be used.
@@ -108,22 +109,22 @@ def run_demo(
     if IMAGE_TOKEN not in prompt:
         prompt = f"{IMAGE_TOKEN}\n{prompt}"
     photographs = load_photographs(images)
-    progress("loading the vision encoder")
+    progress.stage("loading the vision encoder")
     eye = load_encoder(encoder)
-    progress("loading the language model's embedding table")
+    progress.stage("loading the language model's embedding table")
     language = load_language_embedding()
     projectors = {kind: _untrained(kind, eye, language, seed) for kind in kinds}
 
-    progress("encoding the photographs")
+    progress.stage("encoding the photographs")
     crops = [eye.crop(photograph.image) for photograph in photographs]
     batches = [crops[start : start + BATCH] for start in range(0, len(crops), BATCH)]
     features = torch.cat([eye.encode(eye.normalise(batch)) for batch in batches])
     rows = []
     for kind, projector in projectors.items():
-        progress(f"running the {kind} projector")
+        progress.stage(f"running the {kind} projector")
         rows.append(_measure(kind, projector, features, prompt, language))
 
-    progress("drawing")
+    progress.stage("drawing")
     pictures = _draw(photographs, crops, eye, features, projectors, language, out)
     names = [photograph.name for photograph in photographs]
     notes = cropped_notes(eye, photographs)

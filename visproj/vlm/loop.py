@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import statistics
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from visproj.errors import InputError, NotFiniteError
 from visproj.files import replacing, save_bin
+from visproj.progress import SILENT, Progress
 from visproj.vlm.model import VisualLanguageModel
 
 STATE_NAME = "resume.pt"
@@ -114,6 +116,14 @@ class TrainingRun:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     total: int = 0
 
+    def note(self) -> str:
+        """How it goes: the means of the last ten steps, and the last held-out loss."""
+        recent = self.steps[-10:]
+        loss = statistics.mean(step.loss for step in recent)
+        speed = statistics.mean(step.images_per_second for step in recent)
+        held_out = f", held-out {self.held_out[-1][1]:.3f}" if self.held_out else ""
+        return f"loss {loss:.3f}, {speed:.2f} images/s{held_out}"
+
 
 def train(
     model: VisualLanguageModel,
@@ -124,6 +134,7 @@ def train(
     identity: Mapping[str, str] | None = None,
     save: Callable[[], object] = lambda: None,
     evaluate: Callable[[], float] | None = None,
+    progress: Progress = SILENT,
     on_step: Callable[[Step, TrainingRun], None] = lambda step, run: None,
 ) -> TrainingRun:
     """Train the model's projector, from the beginning or from where ``folder`` left off.
@@ -143,6 +154,7 @@ def train(
         save: Called before each checkpoint, to save the projector by itself: a run that is killed
             between the two saves it again.
         evaluate: The loss on held-out views; measured before training and after every epoch.
+        progress: Receives the stage and every optimiser step, with the means of the last ten.
         on_step: Called after every optimiser step.
 
     Raises:
@@ -163,8 +175,10 @@ def train(
     described = {**(identity or {}), **_describe(data), **asdict(settings)}
     state = _State(model.projector, optimiser, described, folder / STATE_NAME)
     folder.mkdir(parents=True, exist_ok=True)
+    lengths = [[len(model.answer_ids(text)) for text in own] for own in data.captions]
     run = state.load()
     run.total = len(schedule)
+    progress.stage("training", run.total, len(run.steps))
     write_metrics(folder / METRICS_NAME, run)
     # From this step on TensorBoard hides what a killed run wrote behind its last checkpoint.
     purge = len(run.steps) + 1 if run.steps else 0
@@ -178,7 +192,7 @@ def train(
             batches = schedule[number]
             begin = time.perf_counter()
             model.train()
-            loss = _accumulate_gradients(model, data, settings, batches)
+            loss = _accumulate_gradients(model, data, lengths, settings, batches)
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFiniteError(
@@ -200,6 +214,7 @@ def train(
                 save()
                 state.save(run)
                 write_metrics(folder / METRICS_NAME, run)
+            progress.advance(run.note())
             on_step(step, run)
     model.eval()
     return run
@@ -222,6 +237,11 @@ class _Batch(NamedTuple):
     epoch: int
     views: list[tuple[int, int]]
     captions: list[list[int]]
+
+    def trained(self) -> Iterator[tuple[int, list[int]]]:
+        """Photograph and captions of each sample."""
+        for (photo, _), drawn in zip(self.views, self.captions, strict=True):
+            yield photo, drawn
 
 
 def _schedule(data: TrainingData, settings: TrainingSettings) -> Iterator[list[_Batch]]:
@@ -256,26 +276,24 @@ def _learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
 def _accumulate_gradients(
     model: VisualLanguageModel,
     data: TrainingData,
+    lengths: Sequence[Sequence[int]],
     settings: TrainingSettings,
     batches: Sequence[_Batch],
 ) -> float:
-    """Backward over all batches of a step; the mean loss of a token of all of them."""
+    """Set the gradients of the mean loss per token of all batches of a step, and return it."""
     model.zero_grad(set_to_none=True)
-    answers = [
-        [
-            [data.captions[photo][index] for index in drawn]
-            for (photo, _), drawn in zip(batch.views, batch.captions, strict=True)
-        ]
+    tokens = [
+        sum(lengths[photo][index] for photo, drawn in batch.trained() for index in drawn)
         for batch in batches
     ]
-    tokens = [
-        sum(len(model.answer_ids(answer)) for own in rows for answer in own) for rows in answers
-    ]
     mean = 0.0
-    for batch, rows, count in zip(batches, answers, tokens, strict=True):
+    for batch, count in zip(batches, tokens, strict=True):
         features = torch.stack([data.views[photo][view] for photo, view in batch.views])
+        answers = [
+            [data.captions[photo][index] for index in drawn] for photo, drawn in batch.trained()
+        ]
         with settings.autocast(model.device):
-            loss = model(features, [data.prompt] * len(rows), rows)
+            loss = model(features, [data.prompt] * len(answers), answers)
         part = loss * (count / sum(tokens))
         part.backward()
         mean += part.item()

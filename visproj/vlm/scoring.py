@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from visproj.errors import InputError
+from visproj.progress import SILENT, Progress
 from visproj.vlm.model import VisualLanguageModel
 from visproj.vlm.prompts import check_texts
 
@@ -71,12 +72,12 @@ def caption_scores(
     views: Sequence[Tensor],
     captions: Sequence[Sequence[str]],
     prompt: str,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every caption given every view.
 
     A view's image and prompt pass through the language model once, where captions can share its
-    key-value cache. Arguments as :func:`caption_loss`; ``progress`` is called once per view.
+    key-value cache. Arguments as :func:`caption_loss`; ``progress`` advances once per view.
 
     Returns:
         Sums of log-probabilities, fp32 ``[views, captions]``, photograph by photograph, and the
@@ -92,7 +93,7 @@ def caption_scores(
     flat = (view for features in views for view in features)
     for row, view in zip(scores, flat, strict=True):
         row[:] = _scores(model, view, everything, prompt)
-        progress()
+        progress.advance()
     return scores, lengths
 
 

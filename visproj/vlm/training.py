@@ -15,9 +15,10 @@ from torch import Tensor
 
 from visproj.errors import InputError
 from visproj.files import cache_folder, replacing, write_json
+from visproj.progress import SILENT, Progress
 from visproj.projectors import KINDS
 from visproj.vlm.captions import CaptionedPhotograph, check_captions, load_captions
-from visproj.vlm.encoders import load_encoder
+from visproj.vlm.encoders import VisionEncoder, load_encoder
 from visproj.vlm.figures import loss_figure, save_figure
 from visproj.vlm.language import IMAGE_TOKEN, load_language_model
 from visproj.vlm.loop import (
@@ -104,9 +105,8 @@ def run_training(
     options: TrainingOptions,
     settings: TrainingSettings,
     *,
-    stage: Callable[[str, int], None] = lambda name, total: None,
+    progress: Progress = SILENT,
     on_step: Callable[[Step, TrainingRun], None] = lambda step, run: None,
-    advance: Callable[[], None] = lambda: None,
 ) -> TrainingReport:
     """Train a projector between two frozen models and measure what it has learned.
 
@@ -116,9 +116,8 @@ def run_training(
     Args:
         options: Models, data and folder.
         settings: Of the loop.
-        stage: Called as each stage begins, with its name and its number of steps.
+        progress: Receives each stage and its steps.
         on_step: Called after every optimiser step.
-        advance: Called after every other step of a stage.
 
     Raises:
         InputError: This is one of several processes that were started together, or another process
@@ -135,7 +134,7 @@ def run_training(
     _check_folder(options)
     check_backend()
     with sole_writer(options.out), _says_what_is_kept(options.out):
-        return _train(options, settings, stage, on_step, advance)
+        return _train(options, settings, progress, on_step)
 
 
 def _check_folder(options: TrainingOptions) -> None:
@@ -164,14 +163,65 @@ def _says_what_is_kept(out: Path) -> Iterator[None]:
 def _train(
     options: TrainingOptions,
     settings: TrainingSettings,
-    stage: Callable[[str, int], None],
+    progress: Progress,
     on_step: Callable[[Step, TrainingRun], None],
-    advance: Callable[[], None],
 ) -> TrainingReport:
     clock = _Clock()
     photographs = load_captions(options.data)
     encoder = load_encoder(options.encoder)
-    stage("loading the language model", 0)
+    progress.stage("loading the language model")
+    model, projector, identity = _load_models(options, settings, encoder)
+    check_captions(photographs, options.prompt, model)
+    clock.lap("loading")
+
+    progress.stage("encoding the photographs", len(photographs))
+    data, held_out = _encode(model, photographs, options.prompt, progress)
+    own_captions = [data.captions[index] for index in range(len(held_out))]
+    clock.lap("encoding")
+
+    def evaluate() -> float:
+        model.eval()
+        with settings.autocast(model.device):
+            return caption_loss(model, held_out, own_captions, options.prompt)
+
+    run = train(
+        model,
+        data,
+        settings,
+        options.out,
+        identity=identity,
+        save=lambda: projector.save_pretrained(options.out / "projector"),
+        evaluate=evaluate,
+        progress=progress,
+        on_step=on_step,
+    )
+    clock.lap("training")
+
+    views = sum(map(len, held_out))
+    progress.stage("scoring every caption against every held-out view", views)
+    with settings.autocast(model.device):
+        scores, lengths = caption_scores(model, held_out, own_captions, options.prompt, progress)
+    scored = scores, lengths, _owners(held_out), _owners(own_captions)
+    clock.lap("scoring")
+
+    report = TrainingReport(
+        photographs=len(photographs),
+        training_views=sum(map(len, data.views)),
+        parameters=sum(p.numel() for p in projector.parameters() if p.requires_grad),
+        untrained_loss=run.held_out[0][1],
+        trained_loss=own_loss(*scored),
+        retrieval=retrieval(*scored, settings.seed),
+        seconds=clock.laps,
+        peak_mib=peak_mib(),
+    )
+    _write(report, run, options)
+    return report
+
+
+def _load_models(
+    options: TrainingOptions, settings: TrainingSettings, encoder: VisionEncoder
+) -> tuple[VisualLanguageModel, PretrainedProjector, dict[str, str]]:
+    """The model, its projector to be saved, and what has to be the same for a run to go on."""
     dtype, device = getattr(torch, settings.dtype), default_device()
     name, language_model, tokenizer = load_language_model(options.language_model, dtype)
     with torch.random.fork_rng(devices=()):
@@ -186,77 +236,38 @@ def _train(
             (options.queries, options.queries) if options.kind == "perceiver" else None,
             encoder.weights_digest,
         ).to(device)
+    cache = cache_folder()
     model = VisualLanguageModel(
         encoder,
         projector.module,
         language_model.to(device),
         tokenizer,
-        cache_dir=None if (cache := cache_folder()) is None else cache / "features",
+        cache_dir=None if cache is None else cache / "features",
     )
-    check_captions(photographs, options.prompt, model)
     if device.type == "cpu":  # where the backward of fused attention costs a step 15 % more
         language_model.set_attn_implementation("eager")
-    clock.lap("loading")
+    identity = {
+        "kind": options.kind,
+        "queries": str(options.queries),
+        "encoder": encoder.name,
+        "language model": name,
+    }
+    return model, projector, identity
 
-    stage("encoding the photographs", len(photographs))
-    data, held_out = _encode(model, photographs, options.prompt, advance)
-    clock.lap("encoding")
 
-    judged = list(held_out), [data.captions[index] for index in range(len(held_out))]
-
-    def evaluate() -> float:
-        model.eval()
-        with settings.autocast(model.device):
-            return caption_loss(model, *judged, options.prompt)
-
-    stage("training", 0)
-    run = train(
-        model,
-        data,
-        settings,
-        options.out,
-        identity={
-            "kind": options.kind,
-            "queries": str(options.queries),
-            "encoder": encoder.name,
-            "language model": name,
-        },
-        save=lambda: projector.save_pretrained(options.out / "projector"),
-        evaluate=evaluate,
-        on_step=on_step,
-    )
-    clock.lap("training")
-
-    views = sum(map(len, held_out))
-    stage("scoring every caption against every held-out view", views)
-    with settings.autocast(model.device):
-        scores, lengths = caption_scores(model, *judged, options.prompt, advance)
-    of_view, of_caption = _owners(held_out), _owners(judged[1])
-    clock.lap("scoring")
-
+def _write(report: TrainingReport, run: TrainingRun, options: TrainingOptions) -> None:
     curve = [(step.step, step.loss) for step in run.steps]
     save_figure(loss_figure(curve, run.held_out, options.kind), options.out / "loss.png")
-    report = TrainingReport(
-        photographs=len(photographs),
-        training_views=sum(map(len, data.views)),
-        parameters=sum(p.numel() for p in projector.parameters() if p.requires_grad),
-        untrained_loss=run.held_out[0][1],
-        trained_loss=own_loss(scores, lengths, of_view, of_caption),
-        retrieval=retrieval(scores, lengths, of_view, of_caption, settings.seed),
-        seconds=clock.laps,
-        peak_mib=peak_mib(),
-    )
     values = {**asdict(report), "retrieval": report.retrieval._asdict()}
     with replacing(options.out / "report.json") as partial:
         write_json(partial, values)
-    return report
 
 
 def _encode(
     model: VisualLanguageModel,
     photographs: list[CaptionedPhotograph],
     prompt: str,
-    advance: Callable[[], None],
+    progress: Progress,
 ) -> tuple[TrainingData, list[Tensor]]:
     """Features of all training views, and of the held-out views of those that are scored."""
     views, held_out = [], []
@@ -265,7 +276,7 @@ def _encode(
         views.append(model.features(training_views(image, TRAINING_VIEWS, index)))
         if index < SCORED_PHOTOGRAPHS:
             held_out.append(model.features(held_out_views(image)))
-        advance()
+        progress.advance()
     return TrainingData(
         views, [photograph.captions for photograph in photographs], prompt
     ), held_out
