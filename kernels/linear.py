@@ -42,7 +42,6 @@ def _linear_fwd_kernel(
     mean_ptr,  # [images * length]
     rstd_ptr,  # [images * length], or [parts, M]: of a row, sums of squares that it follows from
     weight_sum_ptr,  # [N]
-    gain_ptr,  # [N]
     shift_ptr,  # [N]
     table_ptr,  # [length, table_columns]
     means_ptr,  # [tiles_n, M]: of each tile's part of a row
@@ -68,7 +67,7 @@ def _linear_fwd_kernel(
     GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """rstd * (x @ weight.T + bias - mean * weight_sum) * gain + shift + table, one tile of it.
+    """rstd * (x @ weight.T + bias - mean * weight_sum) + shift + table, one tile of it.
 
     With parts, rstd = 1 / sqrt(sum of squares + eps).
 
@@ -129,8 +128,6 @@ def _linear_fwd_kernel(
                 square_ptrs += M
             rstd = 1.0 / tl.sqrt(square + eps)
         acc *= rstd[:, None]
-    if gain_ptr is not None:
-        acc *= _column_vector(gain_ptr, cols, N)
     if shift_ptr is not None:
         acc += _column_vector(shift_ptr, cols, N)
     if table_ptr is not None:
@@ -196,7 +193,7 @@ def _merge_statistics_kernel(
 
 
 class Epilogue(NamedTuple):
-    """What follows a product: ``rstd (product + bias - mean * weight_sum) * gain + shift + table``.
+    """What follows a product: ``rstd (product + bias - mean * weight_sum) + shift + table``.
 
     ``squares`` and ``eps`` stand for an ``rstd`` of ``1 / sqrt(sum of squares + eps)``.
     """
@@ -205,7 +202,6 @@ class Epilogue(NamedTuple):
     mean: Tensor | None = None  # fp32 [B, L], together with weight_sum
     rstd: Tensor | None = None  # fp32 [B, L]
     weight_sum: Tensor | None = None  # fp32 [N]
-    gain: Tensor | None = None  # [N]
     shift: Tensor | None = None  # [N]
     table: Tensor | None = None  # [L, columns], added to the first columns of every image
     squares: Tensor | None = None  # fp32 [parts, B * L]
@@ -238,14 +234,13 @@ def _launch_linear(
         None if rows is None else rows.flatten()
         for rows in (epilogue.mean, epilogue.rstd if squares is None else squares)
     )
-    x, weight, bias, mean, row_scale, weight_sum, gain, shift, table = unit_columns(
+    x, weight, bias, mean, row_scale, weight_sum, shift, table = unit_columns(
         x,
         weight,
         epilogue.bias,
         mean,
         row_scale,
         epilogue.weight_sum,
-        epilogue.gain,
         epilogue.shift,
         epilogue.table,
     )
@@ -273,7 +268,6 @@ def _launch_linear(
             mean_ptr=mean,
             rstd_ptr=row_scale,
             weight_sum_ptr=weight_sum,
-            gain_ptr=gain,
             shift_ptr=shift,
             table_ptr=table,
             means_ptr=partials[0] if statistics and partials is not None else None,

@@ -20,14 +20,13 @@ pytestmark = pytest.mark.usefixtures("unwritten")
 def formula(x, weight, **terms):
     """What the kernel computes; the product in the dtype of ``x``, everything else wider."""
     out = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    bias, mean, weight_sum, rstd, gain, shift, table = (
+    bias, mean, weight_sum, rstd, shift, table = (
         None if terms.get(name) is None else terms[name].to(out.dtype)
-        for name in ("bias", "mean", "weight_sum", "rstd", "gain", "shift", "table")
+        for name in ("bias", "mean", "weight_sum", "rstd", "shift", "table")
     )
     out = out if bias is None else out + bias
     out = out if mean is None else out - mean[..., None] * weight_sum
     out = out if rstd is None else out * rstd[..., None]
-    out = out if gain is None else out * gain
     out = out if shift is None else out + shift
     if table is not None:
         out = out + torch.nn.functional.pad(table, (0, out.shape[-1] - table.shape[-1]))
@@ -108,14 +107,13 @@ TERMS = {
     "nothing": "",
     "bias": "bias",
     "row scale": "rstd",
-    "gain": "gain",
     "shift": "shift",
     "table": "table",
     "LayerNorm after": "mean weight_sum rstd shift",
     "LayerNorm after, table": "mean weight_sum rstd shift table",
     "folded": "rstd bias shift",
-    "folded, table": "rstd bias gain shift table",
-    "everything": "bias mean weight_sum rstd gain shift table",
+    "folded, table": "rstd bias shift table",
+    "everything": "bias mean weight_sum rstd shift table",
 }
 
 
@@ -128,7 +126,6 @@ def terms(names, images, length, N, columns, dtype, device):
         "mean": make(images, length, dtype=torch.float32),
         "rstd": make(images, length, dtype=torch.float32).exp(),
         "weight_sum": make(N, dtype=torch.float32),
-        "gain": make(N),
         "shift": make(N, dtype=torch.float32),
         "table": make(length, columns),
     }
@@ -192,11 +189,11 @@ def test_layouts_without_images(layout, style, tiles, device):
     check(LAYOUTS[layout](x), weight)
 
 
-@pytest.mark.parametrize("vector", ["bias", "gain", "shift", "mean", "rstd", "weight_sum"])
+@pytest.mark.parametrize("vector", ["bias", "shift", "mean", "rstd", "weight_sum"])
 @pytest.mark.parametrize("layout", ["strided", "offset"])
 def test_layouts_of_vectors(vector, layout, tiles, device):
     tiles()
-    names = "bias mean weight_sum rstd gain shift"
+    names = "bias mean weight_sum rstd shift"
     given = terms(names, 2, 9, 48, 0, torch.float32, device)
     given[vector] = LAYOUTS[layout](given[vector])
     check(*operands(2, 9, 40, 48, torch.float32, device), **given)

@@ -63,13 +63,13 @@ def test_linear(tiles, descriptors, dtype, images, epilogue):
     truth = x.double() @ weight.double().T
     terms = {}
     if epilogue == "norm":
-        vectors = {name: random(N, dtype=dtype) for name in ("bias", "gain", "shift")}
+        vectors = {name: random(N, dtype=dtype) for name in ("bias", "shift")}
         mean, rstd = random(images, length), random(images, length).abs()
         weight_sum, table = random(N), random(length, columns, dtype=dtype)
         terms = dict(mean=mean, rstd=rstd, weight_sum=weight_sum, table=table, **vectors)
-        bias, gain, shift = (vector.double() for vector in vectors.values())
+        bias, shift = (vector.double() for vector in vectors.values())
         truth = truth + bias - mean.double()[..., None] * weight_sum.double()
-        truth = truth * rstd.double()[..., None] * gain + shift
+        truth = truth * rstd.double()[..., None] + shift
         truth[..., :columns] += table.double()
     elif epilogue == "folded":
         squares, bias = random(3, images * length).square(), random(N, dtype=dtype)
