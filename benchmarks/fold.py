@@ -40,7 +40,7 @@ console = Console(width=100)
 
 
 def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The same weights three ways; upstream's module only in fp32, where it is no straw man."""
+    """The same weights three ways; upstream's module only in fp32, where that is fair."""
     torch.manual_seed(0)
     projector = PerceiverProjector(width, lang_dim).to(dtype)
     built: dict[str, nn.Module] = {"fair": projector, "folded": fold(projector)}

@@ -204,7 +204,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def touched_bytes(x: Tensor) -> int:
-    """Bytes behind ``x``; a dimension that is expanded lies in memory once."""
+    """Bytes of the storage of ``x``; a dimension that is expanded lies in memory once."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else min(size, 1)

@@ -57,7 +57,7 @@ def repair() -> None:
     and ``tl.cumsum``, does not go to fp32 by itself.
 
     The repair also rounds the fp32 operands of ``tl.dot(..., input_precision="tf32")``, and has
-    ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` drop a NaN unless told to propagate it. Left as
+    ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` drop a NaN unless asked to propagate it. Left as
     they are: bf16 atomics, which raise; ``tl.fma`` in fp32, which rounds twice; casts to and from
     fp8 but for the bf16 side of them; the NaN padding of block pointers; printed bf16 tensors,
     which show bit patterns.

@@ -134,7 +134,7 @@ def open_files(source: str | Path, revision: str | None) -> Files:
         raise InputError(f"{source} is a file: pass the directory that it is in")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise FileNotFoundError(
-            f"{source} is no directory, and cannot be a model's name on the hub"
+            f"{source} is not a directory, and cannot be a model's name on the hub"
         )
     return HubFiles(source, revision)
 
@@ -179,7 +179,7 @@ def _read_index(
     for key, filename in weight_map.items():
         plain = isinstance(filename, str) and Path(filename).name == filename
         if not plain or not filename.endswith((".safetensors", ".bin")):
-            raise InputError(f"{path.name} maps {key} to {filename!r}, which is no shard's name")
+            raise InputError(f"{path.name} maps {key} to {filename!r}, which is not a shard's name")
         if wanted(key):
             keys = shards.setdefault(filename, [])
             assert keys is not None

@@ -237,7 +237,7 @@ def _clip_config(
 
 
 def _activation(function: Callable[[Tensor], Tensor]) -> str:
-    """The name of an activation, told by what it computes."""
+    """Return the name of an activation, found by what it computes."""
     probe = torch.linspace(-4, 4, 33, device="cpu")
     for name, ours in ACTIVATIONS.items():
         # Two forms of one activation differ by roundings, two activations by 1e-3 and more.

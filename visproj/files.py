@@ -39,7 +39,7 @@ def cache_folder() -> Path | None:
 
     ``VISPROJ_CACHE_DIR``, else ``visproj`` below ``XDG_CACHE_HOME``, else ``.cache/visproj`` below
     the home directory. The folder need not exist, and it may turn out not to be writable: a cache
-    costs time where it cannot be had, never the run.
+    costs time where it is not available, never the run.
     """
     if chosen := os.environ.get("VISPROJ_CACHE_DIR"):
         return Path(chosen)
@@ -54,7 +54,7 @@ def cache_folder() -> Path | None:
 def check_weight_file(path: Path) -> None:
     """Raise if ``path`` is missing or is something that stands in the place of a weight file.
 
-    Downloads leave Git LFS pointers, web pages, error messages and empty files behind.
+    Downloads leave Git LFS pointers, web pages, error messages and empty files.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -189,7 +189,7 @@ class TensorFile:
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
             found = f" ({name[1]})" if name else ""
             raise InputError(
-                f"{self.path} is damaged or holds pickled objects that are no tensors{found}; "
+                f"{self.path} is damaged or holds pickled objects that are not tensors{found}; "
                 "refused, nothing in it was executed"
             ) from error
         except Exception as error:  # a damaged pickle can raise anything
@@ -206,7 +206,7 @@ class TensorFile:
         """A tensor whose bytes are still in the file.
 
         Raises:
-            ValueError: If there is no such key, or what it holds is no plain floating tensor.
+            ValueError: If there is no such key, or what it holds is not a plain floating tensor.
         """
         if key not in self.keys:
             raise InputError(f"{self.path} holds no tensor {key}")
@@ -347,11 +347,11 @@ def write_safetensors(
 
 
 def save_bin(state: Mapping[str, Any], path: Path) -> None:
-    """``torch.save`` whose disk errors are told as such."""
+    """``torch.save`` whose disk errors are reported as such."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # PyTorch's writer hides the OSError behind its own
+        except RuntimeError as error:  # PyTorch's own, instead of the OSError
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
         file.flush()

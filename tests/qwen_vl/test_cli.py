@@ -57,7 +57,7 @@ def damaged_shard(source):
 
 
 def no_such_directory(source):
-    return ["./nowhere"], "./nowhere is no directory, and cannot be a model's name"
+    return ["./nowhere"], "./nowhere is not a directory, and cannot be a model's name"
 
 
 def no_network(source):

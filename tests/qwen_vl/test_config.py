@@ -65,7 +65,7 @@ def test_any_config_survives_json(patches, layers, side, heads):
         ({"width": True}, "width must be a positive int"),
         ({"width": 1664.0}, "width must be a positive int"),
         ({"heads": 7}, "heads 7 do not divide width 1664"),
-        ({"image_size": 450}, "450 is no multiple of patch_size 14"),
+        ({"image_size": 450}, "450 is not a multiple of patch_size 14"),
         ({"n_queries": 255}, "n_queries must be a square number, got 255"),
         ({"positions": 10}, "positions must be a square number"),
         ({"output_dim": 4098}, "output_dim must be a multiple of 4"),

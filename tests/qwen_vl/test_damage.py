@@ -113,14 +113,14 @@ def index_without_map(folder, format):
     index_of(folder, format)[0].write_text("{}")
 
 
-@case(r"which is no shard's name")
+@case(r"which is not a shard's name")
 def index_points_outside(folder, format):
     path, index = index_of(folder, format)
     index["weight_map"][f"{PREFIX}conv1.weight"] = f"../full/{shard(folder, format).name}"
     path.write_text(json.dumps(index))
 
 
-@case(r"maps .* to 7, which is no shard's name")
+@case(r"maps .* to 7, which is not a shard's name")
 def index_holds_a_number(folder, format):
     path, index = index_of(folder, format)
     index["weight_map"][f"{PREFIX}conv1.weight"] = 7
@@ -198,12 +198,12 @@ class Trap:
         return os.mkdir, ("trap",)
 
 
-@case(r"holds pickled objects that are no tensors.*refused, nothing in it", formats=["bin"])
+@case(r"holds pickled objects that are not tensors.*refused, nothing in it", formats=["bin"])
 def bin_that_runs_code(folder, format):
     torch.save({**visual_tensors(), "extra": Trap()}, shard(folder, format))
 
 
-@case(r"holds pickled objects that are no tensors \(visproj\.qwen_vl\.model\.", formats=["bin"])
+@case(r"holds pickled objects that are not tensors \(visproj\.qwen_vl\.model\.", formats=["bin"])
 def bin_of_a_whole_module(folder, format):
     torch.save(QwenVisionTransformer(CONFIG), shard(folder, format))
 
@@ -382,8 +382,8 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, name, existing):
         ({"dtype": torch.int32}, ValueError, "dtype must be one of"),
         ({"format": "gguf"}, ValueError, "format must be one of safetensors, bin, got 'gguf'"),
         ({"revision": "main"}, ValueError, "is a directory, so there is no revision main"),
-        ({"source": "./nowhere"}, FileNotFoundError, "./nowhere is no directory, and cannot be"),
-        ({"source": "a/b/c"}, FileNotFoundError, "a/b/c is no directory, and cannot be"),
+        ({"source": "./nowhere"}, FileNotFoundError, "./nowhere is not a directory, and cannot be"),
+        ({"source": "a/b/c"}, FileNotFoundError, "a/b/c is not a directory, and cannot be"),
         ({"source": "full/config.json"}, ValueError, "is a file: pass the directory"),
     ],
     ids=str,

@@ -166,7 +166,7 @@ def test_refusals_leave_nothing(tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     with pytest.raises(FileExistsError):
         merge_into(source, encoder, encoder)
-    with pytest.raises(FileNotFoundError, match="is no directory"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         merge_into(tmp_path / "nowhere", encoder, tmp_path / "merged")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         merge_into(source, tmp_path / "nowhere", tmp_path / "merged")

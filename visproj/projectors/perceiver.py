@@ -276,8 +276,8 @@ class PerceiverProjector(AttentionResampler):
     Raises:
         TypeError: If ``vis_config`` has no width, ``lang_dim`` or ``num_heads`` is not an int, or
             ``has_cls`` not a bool.
-        ValueError: If the heads do not divide ``D``, ``D`` is no multiple of 4, or a width or grid
-            is not positive.
+        ValueError: If the heads do not divide ``D``, ``D`` is not a multiple of 4, or a width or
+            grid is not positive.
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
     """
@@ -343,7 +343,7 @@ class PerceiverProjector(AttentionResampler):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Upstream's rule, which passes over ``in_proj_weight`` because that is no ``nn.Linear``."""
+    """Upstream's rule, which passes over ``in_proj_weight`` because it is not an ``nn.Linear``."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

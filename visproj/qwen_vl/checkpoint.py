@@ -61,8 +61,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     tensors, total_bytes, first_keys = find_tensors(files, lambda key: "visual" in key)
     if not tensors:
         raise InputError(
-            f"{files.name} has no keys that contain 'visual', so it is no Qwen-VL checkpoint; the "
-            f"first keys are {a_few(first_keys)}"
+            f"{files.name} has no keys that contain 'visual', so it is not a Qwen-VL checkpoint; "
+            f"the first keys are {a_few(first_keys)}"
         )
     return _check(files.name, tensors, block, total_bytes)
 

@@ -67,7 +67,7 @@ class QwenVisionConfig:
             raise InputError(f"layers must be at most {_MOST_LAYERS}, got {self.layers}")
         if self.image_size % self.patch_size:
             raise InputError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         for name in ("n_queries", "positions"):
             value = getattr(self, name)

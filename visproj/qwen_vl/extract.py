@@ -64,9 +64,10 @@ def extract_vision_encoder(
 ) -> ExtractionSummary:
     """Write the vision encoder of a Qwen-VL checkpoint as a model of its own.
 
-    Keeps the tensors behind ``transformer.visual.`` except ``transformer.visual.proj``. Only the
-    shards that hold them are opened (and, from the hub, downloaded), and tensors are copied one at
-    a time: the language model is never in memory, and no code of the checkpoint is executed.
+    Keeps the tensors whose names begin with ``transformer.visual.``, except
+    ``transformer.visual.proj``. Only the shards that hold them are opened (and, from the hub,
+    downloaded), and tensors are copied one at a time: the language model is never in memory, and no
+    code of the checkpoint is executed.
 
     The destination gets ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and,
     with ``format="bin"``, also the ``pytorch_model.bin`` that DeepSpeed-VisualChat loads. It
@@ -87,7 +88,7 @@ def extract_vision_encoder(
 
     Raises:
         ConnectionError: If the hub does not give a file.
-        FileExistsError: If the destination exists, and it is no encoder or not to be replaced.
+        FileExistsError: If the destination exists, and is not an encoder or not to be replaced.
         FileNotFoundError: If the source, its weights or a shard is missing.
         OSError: If the destination cannot be written.
         ValueError: If a file is damaged; if the visual tensors are absent, incomplete, misshapen or

@@ -104,7 +104,7 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
     They tell neither the heads, taken as 16, nor the image's side, taken as 32 patches.
 
     Raises:
-        ValueError: If a tensor that tells a number is missing or has no such shape.
+        ValueError: If a tensor that a number is read from is missing or has another rank.
     """
 
     def shape_of(name: str, ndim: int) -> Shape:

@@ -55,7 +55,7 @@ def merge_into(
     """
     root = Path(checkpoint_dir)
     if not root.is_dir():
-        raise FileNotFoundError(f"{checkpoint_dir} is no directory")
+        raise FileNotFoundError(f"{checkpoint_dir} is not a directory")
     refuse_existing(Path(destination))
     checkpoint = open_checkpoint(root)
     config = QwenVisionConfig.from_pretrained(encoder_dir)

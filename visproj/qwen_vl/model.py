@@ -115,9 +115,10 @@ class QwenVisionTransformer(PositionedModule):
     pooling are square tables resized bicubically to the grid of patches, in fp32. Every LayerNorm
     has eps 1e-6. At the released size a 448 x 448 image gives 1024 patches and 256 tokens of 4096.
 
-    State-dict keys are Qwen-VL-Chat's behind ``transformer.visual.``: ``conv1.weight``,
-    ``positional_embedding``, ``ln_pre.*``, ``transformer.resblocks.N.{ln_1, ln_2, attn.in_proj,
-    attn.out_proj, mlp.c_fc, mlp.c_proj}.*``, ``attn_pool.*``, ``ln_post.*``;
+    State-dict keys are Qwen-VL-Chat's without their prefix ``transformer.visual.``:
+    ``conv1.weight``, ``positional_embedding``, ``ln_pre.*``,
+    ``transformer.resblocks.N.{ln_1, ln_2, attn.in_proj, attn.out_proj, mlp.c_fc, mlp.c_proj}.*``,
+    ``attn_pool.*``, ``ln_post.*``;
     :func:`visproj.qwen_vl.expected_shapes` lists them. Fresh weights follow upstream's rules.
 
     An encoder starts frozen and in eval mode; ``requires_grad_()`` frees all but the sine-cosine
@@ -245,7 +246,7 @@ class QwenVisionTransformer(PositionedModule):
             overwrite: Replace an encoder that is there.
 
         Raises:
-            FileExistsError: If the destination exists, and it is no encoder or not to be replaced.
+            FileExistsError: If the destination exists, and is not an encoder or not to be replaced.
             OSError: If it cannot be written; what was there is untouched.
             ValueError: If the module holds other tensors than its config says, as with adapters
                 that were not merged.

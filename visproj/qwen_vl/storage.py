@@ -110,7 +110,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{path} exists, and is replaced only on request (--overwrite)")
     if not path.is_dir():
-        raise FileExistsError(f"{path} exists and is no directory")
+        raise FileExistsError(f"{path} exists and is not a directory")
     names = {entry.name for entry in path.iterdir()}
     others = sorted(names - OUR_FILES)
     if others:

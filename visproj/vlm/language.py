@@ -45,7 +45,7 @@ class LanguageEmbedding:
 
     @property
     def image_token_id(self) -> int:
-        """Id of ``<image>``, the row behind the model's own vocabulary."""
+        """Id of ``<image>``, the row after the model's own vocabulary."""
         return len(self.table) - 1
 
     def encode(self, text: str) -> torch.Tensor:
@@ -80,7 +80,7 @@ def load_language_embedding() -> LanguageEmbedding:
     ]
     (weight,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     table = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type))
-    # The vocabulary has no placeholder for images. It gets one behind the last row, as training
+    # The vocabulary has no placeholder for images. It gets one after the last row, as training
     # a vision-language model would; zeros, since composition replaces it and never reads it.
     table = torch.cat([table, table.new_zeros(1, table.shape[1])])
     tokenizer = build_tokenizer(tokens, field("merges"), [*special, IMAGE_TOKEN])
@@ -209,7 +209,7 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     Args:
         tokens: The vocabulary in the order of its ids.
         merges: Pairs ``"left right"``, most frequent first.
-        special: Tokens matched as a whole; those outside ``tokens`` get the ids behind it.
+        special: Tokens matched as a whole; those outside ``tokens`` get the ids after it.
     """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]

@@ -180,7 +180,7 @@ def train(
     run.total = len(schedule)
     progress.stage("training", run.total, len(run.steps))
     write_metrics(folder / METRICS_NAME, run)
-    # From this step on TensorBoard hides what a killed run wrote behind its last checkpoint.
+    # From this step on TensorBoard hides what a killed run wrote after its last checkpoint.
     purge = len(run.steps) + 1 if run.steps else 0
     with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as board, state.kept(run):
         if evaluate and not run.held_out:
@@ -221,7 +221,7 @@ def train(
 
 
 def _describe(data: TrainingData) -> dict[str, str | int]:
-    """What tells one set of data from another: its texts, and the sizes of its views."""
+    """Identify a set of data by its texts and the sizes of its views."""
     texts = json.dumps([list(own) for own in data.captions])
     return {
         "prompt": data.prompt,
@@ -266,7 +266,7 @@ def _schedule(data: TrainingData, settings: TrainingSettings) -> Iterator[list[_
 
 
 def _learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
-    """Linear warm-up, then a half cosine down to zero behind the last step."""
+    """Linear warm-up, then a half cosine down to zero after the last step."""
     warmup = round(settings.warmup * steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / (warmup + 1)

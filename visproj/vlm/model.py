@@ -166,7 +166,7 @@ class VisualLanguageModel(nn.Module):
         """Raise if the language model cannot be trained to answer a prompt like this.
 
         Raises:
-            InputError: The answer has ``<image>`` in it or no tokens, or does not fit behind the
+            InputError: The answer has ``<image>`` in it or no tokens, or does not fit after the
                 images and the prompt.
         """
         ids = self.answer_ids(answer)
