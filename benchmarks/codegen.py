@@ -40,8 +40,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.command import Parser, check_folder, run_command
+from benchmarks.driver import AbsentDriver
 from visproj.errors import InputError
-from visproj.kernels import configs, registry
+from visproj.kernels import configs, plans, registry
 from visproj.kernels.device import architecture
 from visproj.kernels.launch import Config
 
@@ -117,29 +118,6 @@ class Row:
         return self.instructions.get(instruction, 0)
 
 
-class _Driver:
-    """As much of a driver as compiling needs."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-        self.utils = self
-
-    def is_active(self) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        return f"{self._target.backend}{self._target.arch}"
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-    def get_device_properties(self, device: object = None) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132, "warpSize": 32}
-
-
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any, float]]]:
     """Inside, launching a kernel compiles it for ``target`` and appends what came of it."""
@@ -153,8 +131,9 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any, float]]]:
         return kernel
 
     with (
-        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(driver, "_active", AbsentDriver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(plans, "REMEMBERS", False),
     ):
         architecture.cache_clear()
         try:

@@ -189,18 +189,16 @@ class _Recorder(TorchDispatchMode):
         ):
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
 
-    def _kernel(
-        self, kernel: Any, programs: int, arguments: dict[str, Any], config: object
-    ) -> None:
+    def _kernel(self, launch: Any, pointers: dict[str, Tensor | None]) -> None:
         """A kernel writes what nothing has read or written before it."""
         from visproj.kernels.registry import FLOPS
 
-        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        tensors = [x for x in pointers.values() if x is not None]
         seen = self._from_inputs | self._from_weights
         read = [x for x in tensors if self._storage(x) in seen]
         written = [x for x in tensors if self._storage(x) not in seen]
-        name = kernel.__name__
-        self._add(name, FLOPS[name](arguments), read, written)
+        name = launch.kernel.__name__
+        self._add(name, FLOPS[name]({**pointers, **launch.rest}), read, written)
 
 
 def touched_bytes(x: Tensor) -> int:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
-from visproj.kernels.launch import Config, launch
+from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import run_best
+from visproj.kernels.tuning import choose
 
 # Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -206,47 +207,75 @@ def cross_attention_fwd(
         sum of exponentials. Beside a score of ``finfo.min``, which a mask may cause, their sum
         would lose the second of them.
     """
+    q, k, v = unit_columns(q, k, v)
+    precision = dot_precision(q.dtype)
+    launch = recall(
+        key_of("cross_attention_fwd", (q, k, v, mask), statistics, precision),
+        lambda: _plan(q, k, v, mask, statistics, precision),
+    )
+    return _start(launch, q, k, v, mask, statistics)
+
+
+def _start(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate and launch."""
+    batch, (queries, heads, width) = k.shape[0], q.shape[-3:]
+    out = q.new_empty(batch, queries, heads, width)
+    stats = lse = log_sum = None
+    if statistics:
+        parts = 1 if mask is None else 2
+        stats = q.new_empty(parts, batch, heads, queries, dtype=torch.float32)
+        lse, *others = stats.unbind()
+        log_sum = others[0] if others else None
+    launch(
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        mask_ptr=mask,
+        out_ptr=out,
+        lse_ptr=lse,
+        log_sum_ptr=log_sum,
+    )
+    return out, stats
+
+
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool, precision: str
+) -> tuple[Launch, bool]:
+    """Choose a configuration; returns whether it is settled as well."""
     queries, heads, width = q.shape[-3:]
     batch, keys = k.shape[:2]
-    q, k, v = unit_columns(q, k, v)
-    out = q.new_empty(batch, queries, heads, width)
-    parts = 1 if mask is None else 2
-    stats = q.new_empty(parts, batch, heads, queries, dtype=torch.float32) if statistics else None
-    precision = dot_precision(q.dtype)
 
-    def run(config: Config) -> None:
+    def plan(config: Config) -> Launch:
         block_q, block_l = config.blocks
-        launch(
+        return Launch(
             _cross_attention_fwd_kernel,
             batch * heads * triton.cdiv(queries, block_q),
+            config,
+            q.device,
             **shared_arguments(q, k, v, mask, config, precision),
-            out_ptr=out,
-            lse_ptr=None if stats is None else stats[0],
-            log_sum_ptr=None if stats is None or mask is None else stats[1],
             TAIL=mask is None and keys % block_l != 0,
         )
 
+    def prepare(config: Config) -> Callable[[], object]:
+        return partial(_start, plan(config), q, k, v, mask, statistics)
+
     choices = configs.candidates(table_row("cross_attention_fwd", q, mask), (q, k, v), precision)
     key = (batch * queries, keys, heads, width, mask is not None)
-    run_best("cross_attention_fwd", key, choices, run, q)
-    return out, stats
+    config, settled = choose("cross_attention_fwd", key, choices, prepare, q)
+    return plan(config), settled
 
 
 def shared_arguments(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Config, precision: str
 ) -> dict[str, Any]:
-    """Return the arguments of a launch that forward and backward have in common."""
+    """Return the arguments beside tensors that forward and backward have in common."""
     _, keys, heads, width = k.shape
     stride_mask_batch, stride_mask_head, stride_mask_row = (
         0 if mask is None or mask.shape[i] == 1 else mask.stride(i) for i in range(3)
     )
     return {
-        "config": config,
-        "device": q.device,
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "mask_ptr": mask,
         "queries": q.shape[-3],
         "keys": keys,
         "heads": heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,41 +19,18 @@ from visproj.kernels.cross_attention import (
     describe_head,
     example_operands,
     load_tile,
-    padded_width,
     product_flops,
     shared_arguments,
     softmax_scores,
     table_row,
 )
+from visproj.kernels.cross_attention_delta import cross_attention_bwd_delta
 from visproj.kernels.device import dot_precision, multiprocessors
-from visproj.kernels.launch import Config, launch
+from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import run_best
-
-
-@triton.jit
-def _cross_attention_bwd_delta_kernel(
-    out_ptr,  # [batch, queries, heads, width]
-    dout_ptr,  # [batch, queries, heads, width]
-    delta_ptr,  # [batch, heads, queries]
-    queries,
-    heads,
-    width,
-    BLOCK_Q: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """delta = sum of out * dout over the head width. Grid: (batch * heads * query tiles)."""
-    query_tiles = tl.cdiv(queries, BLOCK_Q)
-    image_head = (tl.program_id(0) // query_tiles).to(tl.int64)
-    image, head = image_head // heads, image_head % heads
-    rows = (tl.program_id(0) % query_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    cols = tl.arange(0, WIDTH)
-    inside = (rows < queries)[:, None] & (cols < width)[None, :]
-    cells = ((image * queries + rows) * heads + head)[:, None] * width + cols[None, :]
-    out = tl.load(out_ptr + cells, mask=inside, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + cells, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + image_head * queries + rows, tl.sum(out * dout, 1), mask=rows < queries)
+from visproj.kernels.tuning import choose
 
 
 @triton.jit
@@ -300,6 +278,10 @@ class Given(NamedTuple):
     log_sum: Tensor | None
     delta: Tensor
 
+    def pointers(self) -> dict[str, Tensor | None]:
+        """By the names of the kernels' arguments."""
+        return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
+
 
 def cross_attention_bwd(
     dout: Tensor,
@@ -336,65 +318,77 @@ def cross_attention_bwd(
     return cross_attention_bwd_dq(given)
 
 
-def cross_attention_bwd_delta(out: Tensor, dout: Tensor) -> Tensor:
-    """Return the sums of ``out * dout`` over the head width, fp32 ``[B, H, Q]``."""
-    batch, queries, heads, width = out.shape
-    delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
-    block = max(1, min(64, 8192 // padded_width(width)))
-    launch(
-        _cross_attention_bwd_delta_kernel,
-        batch * heads * triton.cdiv(queries, block),
-        config=Config((block,), warps=4, stages=1),
-        device=out.device,
-        out_ptr=out,
-        dout_ptr=dout,
-        delta_ptr=delta,
-        queries=queries,
-        heads=heads,
-        width=width,
-        BLOCK_Q=block,
-        WIDTH=padded_width(width),
-    )
-    return delta
-
-
 def cross_attention_bwd_dkv(given: Given, dk: Tensor, dv: Tensor) -> None:
     """Fill ``dk`` and ``dv``."""
-    q, k, v, mask, dout, lse, log_sum, delta = given
-    batch, keys, heads, width = k.shape
-    queries = q.shape[-3]
-    precision = dot_precision(q.dtype)
+    precision = dot_precision(given.q.dtype)
+    launch = recall(
+        key_of("cross_attention_bwd_dkv", (*given, dk, dv), precision),
+        lambda: _plan_dkv(given, dk, dv, precision),
+    )
+    launch(**given.pointers(), dk_ptr=dk, dv_ptr=dv)
 
-    def run(config: Config) -> None:
-        launch(
+
+def _plan_dkv(given: Given, dk: Tensor, dv: Tensor, precision: str) -> tuple[Launch, bool]:
+    """Choose a configuration; returns whether it is settled as well."""
+    q, k, v, mask, dout, *_ = given
+    batch, keys, heads, width = k.shape
+
+    def plan(config: Config) -> Launch:
+        return Launch(
             _cross_attention_bwd_dkv_kernel,
             batch * heads * triton.cdiv(keys, config.blocks[1]),
+            config,
+            q.device,
             **shared_arguments(q, k, v, mask, config, precision),
-            dout_ptr=dout,
-            lse_ptr=lse,
-            log_sum_ptr=log_sum,
-            delta_ptr=delta,
-            dk_ptr=dk,
-            dv_ptr=dv,
             stride_dk_batch=dk.stride(0),
             stride_dk_row=dk.stride(1),
         )
 
+    def prepare(config: Config) -> Callable[[], object]:
+        return partial(plan(config), **given.pointers(), dk_ptr=dk, dv_ptr=dv)
+
     row = table_row("cross_attention_bwd_dkv", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
-    key = (batch * keys, queries, heads, width, mask is not None)
-    run_best("cross_attention_bwd_dkv", key, choices, run, q)
+    key = (batch * keys, q.shape[-3], heads, width, mask is not None)
+    config, settled = choose("cross_attention_bwd_dkv", key, choices, prepare, q)
+    return plan(config), settled
 
 
 def cross_attention_bwd_dq(given: Given) -> Tensor:
     """Return ``dq`` in the shape of ``q``."""
-    q, k, v, mask, dout, lse, log_sum, delta = given
+    q = given.q
+    precision = dot_precision(q.dtype)
+    plan = recall(
+        key_of("cross_attention_bwd_dq", given, precision), lambda: _plan_dq(given, precision)
+    )
+    dq = plan(given)
+    if q.ndim == 4:
+        return dq
+    return dq[0] if dq.shape[0] == 1 else dq.sum(0).to(q.dtype)
+
+
+class _QueryPlan(NamedTuple):
+    """The gradient of the queries, whose configuration is settled."""
+
+    launch: Launch
+    parts: int  # of the batch, summed afterwards
+    dtype: torch.dtype  # of the parts
+
+    def __call__(self, given: Given) -> Tensor:
+        """Allocate and launch: ``[parts, Q, H, d]``."""
+        dq = given.q.new_empty(self.parts, *given.q.shape[-3:], dtype=self.dtype)
+        self.launch(**given.pointers(), dq_ptr=dq)
+        return dq
+
+
+def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
+    """Choose a configuration; returns whether it is settled as well."""
+    q, k, v, mask, dout, *_ = given
     batch, keys, heads, width = k.shape
     queries = q.shape[-3]
     shared = q.ndim == 3
-    precision = dot_precision(q.dtype)
 
-    def run(config: Config) -> Tensor:
+    def plan(config: Config) -> _QueryPlan:
         block_q, block_l = config.blocks
         tiles = heads * triton.cdiv(queries, block_q)
         parts = batch
@@ -402,30 +396,26 @@ def cross_attention_bwd_dq(given: Given) -> Tensor:
             parts = min(batch, triton.cdiv(multiprocessors(q.device), tiles))
         per_part = triton.cdiv(batch, parts)
         parts = triton.cdiv(batch, per_part)
-        dtype = q.dtype if parts == 1 or not shared else torch.float32
-        dq = q.new_empty(parts, queries, heads, width, dtype=dtype)
-        launch(
+        launch = Launch(
             _cross_attention_bwd_dq_kernel,
             parts * tiles,
+            config,
+            q.device,
             **shared_arguments(q, k, v, mask, config, precision),
-            dout_ptr=dout,
-            lse_ptr=lse,
-            log_sum_ptr=log_sum,
-            delta_ptr=delta,
-            dq_ptr=dq,
             batch=batch,
             images_per_part=per_part,
             TAIL=mask is None and keys % block_l != 0,
         )
-        return dq
+        dtype = q.dtype if parts == 1 or not shared else torch.float32
+        return _QueryPlan(launch, parts, dtype)
 
     row = table_row("cross_attention_bwd_dq", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
     key = (batch * queries, keys, heads, width, mask is not None, shared)
-    dq = run_best("cross_attention_bwd_dq", key, choices, run, q)
-    if not shared:
-        return dq
-    return dq[0] if dq.shape[0] == 1 else dq.sum(0).to(q.dtype)
+    config, settled = choose(
+        "cross_attention_bwd_dq", key, choices, lambda c: partial(plan(c), given), q
+    )
+    return plan(config), settled
 
 
 def _given_example(s: Sizes, masked: bool) -> Given:
@@ -433,11 +423,6 @@ def _given_example(s: Sizes, masked: bool) -> Given:
     dout = s.tensor(s.images, s.queries, s.heads, s.width)
     lse, log_sum, delta = (s.statistics(s.images, s.heads, s.queries) for _ in range(3))
     return Given(q, k, v, mask, dout, lse, log_sum if masked else None, delta)
-
-
-def _delta_example(s: Sizes) -> Tensor:
-    out, dout = (s.tensor(s.images, s.queries, s.heads, s.width) for _ in range(2))
-    return cross_attention_bwd_delta(out, dout)
 
 
 def _dkv_example(s: Sizes, masked: bool) -> None:
@@ -449,7 +434,6 @@ def _dq_example(s: Sizes, masked: bool) -> Tensor:
     return cross_attention_bwd_dq(_given_example(s, masked))
 
 
-register(_cross_attention_bwd_delta_kernel, {"delta": Example(_delta_example)})
 register(
     _cross_attention_bwd_dkv_kernel,
     flops=product_flops(4),

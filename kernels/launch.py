@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,42 +32,82 @@ class Config:
         return f"{'x'.join(map(str, self.blocks))}/{self.warps}w{self.stages}s {style}"
 
 
-def launch(
-    kernel: Any, programs: int, /, *, config: Config, device: torch.device, **arguments: Any
-) -> None:
-    """Launch ``programs`` instances of ``kernel`` on ``device`` and its current stream.
+class Launch:
+    """A kernel with everything but its tensors, to be started any number of times.
 
-    Raises:
-        RuntimeError: If the kernel does not compile or launch; the message has the configuration.
+    The first start goes through Triton's binder, which compiles for what it is given. Further ones
+    hand their tensors to what was compiled: each must have the dtype and alignment of the first
+    start's, and be ``None`` where that was.
+
+    Args:
+        kernel: What Triton compiles; its tensors come first.
+        programs: How many instances run.
+        config: How it is compiled.
+        device: Where it runs, on that device's current stream.
+        rest: The arguments after the tensors, by name.
     """
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    try:
-        with on_device, _workspace(device) if config.descriptors else nullcontext():
-            start(kernel, programs, arguments, config)
-    except Exception as error:
-        raise RuntimeError(
-            f"the Triton kernel {kernel.__name__} failed on {device} (architecture "
-            f"{architecture(device)}) with the configuration {config}: {error}. "
-            'visproj.use_backend("torch") or VISPROJ_BACKEND=torch avoids it'
-        ) from error
+
+    def __init__(
+        self, kernel: Any, programs: int, config: Config, device: torch.device, **rest: Any
+    ) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.config = config
+        self.device = device
+        self.rest = rest
+        names = kernel.arg_names
+        self._tensors = names[: len(names) - len(rest)]
+        self._rest = [rest[name] for name in names[len(self._tensors) :]]
+        self._compiled: Any = None
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        """Start the kernel.
+
+        Raises:
+            RuntimeError: If it does not compile or start; the message has the configuration.
+        """
+        device = self.device
+        try:
+            if device.type == "cuda" and torch.cuda.current_device() != device.index:
+                with torch.cuda.device(device):
+                    start(self, tensors)
+            else:
+                start(self, tensors)
+        except Exception as error:
+            raise RuntimeError(
+                f"the Triton kernel {self.kernel.__name__} failed on {device} (architecture "
+                f"{architecture(device)}) with the configuration {self.config}: {error}. "
+                'visproj.use_backend("torch") or VISPROJ_BACKEND=torch avoids it'
+            ) from error
+
+    def start(self, tensors: dict[str, Tensor | None]) -> None:
+        """Start the kernel on the current device."""
+        if not self.config.descriptors:
+            self._start(tensors)
+            return
+        from triton.runtime import _allocation
+
+        # The few bytes that descriptors made in a kernel need.
+        token = _allocation._allocator.set(self._allocate)
+        try:
+            self._start(tensors)
+        finally:
+            _allocation._allocator.reset(token)
+
+    def _start(self, tensors: dict[str, Tensor | None]) -> None:
+        if self._compiled is not None:
+            again = self._compiled[(self.programs, 1, 1)]
+            again(*[tensors[name] for name in self._tensors], *self._rest)
+            return
+        config = self.config
+        options = {} if INTERPRETING else {"num_warps": config.warps, "num_stages": config.stages}
+        # The interpreter compiles nothing and returns None.
+        self._compiled = self.kernel[(self.programs,)](**tensors, **self.rest, **options)
+
+    def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=self.device)
 
 
-def start(kernel: Any, programs: int, arguments: dict[str, Any], config: Config) -> None:
-    """Hand a kernel to Triton; what counts launches instead of running them replaces this."""
-    options = {} if INTERPRETING else {"num_warps": config.warps, "num_stages": config.stages}
-    kernel[(programs,)](**arguments, **options)
-
-
-@contextmanager
-def _workspace(device: torch.device) -> Iterator[None]:
-    """Let Triton allocate the few bytes that descriptors made in a kernel need."""
-    from triton.runtime import _allocation
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    token = _allocation._allocator.set(allocate)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
+def start(launch: Launch, tensors: dict[str, Tensor | None]) -> None:
+    """Start a kernel; what counts launches instead of starting them replaces this."""
+    launch.start(tensors)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels.device import multiprocessors
-from visproj.kernels.launch import Config, launch
-from visproj.kernels.layout import unit_columns
+from visproj.kernels.launch import Config, Launch
+from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.plans import recall_launch
 from visproj.kernels.registry import Example, Sizes, register
 
 
@@ -145,23 +146,23 @@ def layer_norm_fwd(
     mean = rstd = None
     if statistics:
         mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    config = _row_config(width)
-    gain, shift = unit_columns(gain, shift)
-    launch(
-        _layer_norm_fwd_kernel,
-        x.numel() // width,
-        config=config,
-        device=x.device,
-        x_ptr=x,
-        gain_ptr=gain,
-        shift_ptr=shift,
-        out_ptr=out,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        width=width,
-        eps=eps,
-        BLOCK=config.blocks[0],
-    )
+    gain, shift = contiguous(gain, shift)
+
+    def make() -> Launch:
+        config = _row_config(width)
+        return Launch(
+            _layer_norm_fwd_kernel,
+            x.numel() // width,
+            config,
+            x.device,
+            width=width,
+            eps=eps,
+            BLOCK=config.blocks[0],
+        )
+
+    operands = x, gain, shift, out, mean
+    launch = recall_launch("layer_norm_fwd", operands, make, eps)
+    launch(x_ptr=x, gain_ptr=gain, shift_ptr=shift, out_ptr=out, mean_ptr=mean, rstd_ptr=rstd)
     return out, mean, rstd
 
 
@@ -182,30 +183,36 @@ def layer_norm_bwd(
     """
     rows, width = x.shape
     dx = grad if in_place else torch.empty_like(x)
-    per_program = triton.cdiv(rows, min(rows, 2 * multiprocessors(x.device)))
-    programs = triton.cdiv(rows, per_program)
-    partials = x.new_empty(2, programs, width, dtype=torch.float32)
-    config = _row_config(width)
-    mean, rstd, gain = unit_columns(mean, rstd, gain)
+    mean, rstd, gain = contiguous(mean, rstd, gain)
+
+    def make() -> Launch:
+        per_program = triton.cdiv(rows, min(rows, 2 * multiprocessors(x.device)))
+        config = _row_config(width)
+        return Launch(
+            _layer_norm_bwd_kernel,
+            triton.cdiv(rows, per_program),
+            config,
+            x.device,
+            M=rows,
+            width=width,
+            rows_per_program=per_program,
+            BLOCK=config.blocks[0],
+        )
+
+    launch = recall_launch("layer_norm_bwd", (grad, x, mean, rstd, gain, dx), make)
+    partials = x.new_empty(2, launch.programs, width, dtype=torch.float32)
+    dgain, dshift = partials.unbind()
     launch(
-        _layer_norm_bwd_kernel,
-        programs,
-        config=config,
-        device=x.device,
         grad_ptr=grad,
         x_ptr=x,
         mean_ptr=mean,
         rstd_ptr=rstd,
         gain_ptr=gain,
         dx_ptr=dx,
-        dgain_ptr=partials[0],
-        dshift_ptr=partials[1],
-        M=rows,
-        width=width,
-        rows_per_program=per_program,
-        BLOCK=config.blocks[0],
+        dgain_ptr=dgain,
+        dshift_ptr=dshift,
     )
-    return dx, partials[0].sum(0), partials[1].sum(0)
+    return dx, dgain.sum(0), dshift.sum(0)
 
 
 def fold_gain(
@@ -220,15 +227,25 @@ def fold_gain(
         ``[N, K]`` in the dtype of ``weight``; fp32 ``[N]`` twice.
     """
     N, K = weight.shape
-    weight, gain, shift, bias = unit_columns(weight, gain, shift, bias)
+    (weight,) = unit_columns(weight)
+    gain, shift, bias = contiguous(gain, shift, bias)
     folded = weight.new_empty(N, K)
     row_sum, constant = (weight.new_empty(N, dtype=torch.float32) for _ in range(2))
-    config = Config((min(1024, max(128, triton.next_power_of_2(K))),), warps=4, stages=1)
+
+    def make() -> Launch:
+        config = Config((min(1024, max(128, triton.next_power_of_2(K))),), warps=4, stages=1)
+        return Launch(
+            _fold_gain_kernel,
+            N,
+            config,
+            weight.device,
+            K=K,
+            stride_weight_row=weight.stride(0),
+            BLOCK=config.blocks[0],
+        )
+
+    launch = recall_launch("fold_gain", (weight, gain, shift, bias), make)
     launch(
-        _fold_gain_kernel,
-        N,
-        config=config,
-        device=weight.device,
         weight_ptr=weight,
         gain_ptr=gain,
         shift_ptr=shift,
@@ -236,9 +253,6 @@ def fold_gain(
         folded_ptr=folded,
         sum_ptr=row_sum,
         constant_ptr=constant,
-        K=K,
-        stride_weight_row=weight.stride(0),
-        BLOCK=config.blocks[0],
     )
     return folded, row_sum, constant
 

@@ -17,6 +17,11 @@ def unit_columns(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Return the tensors, copied only where they are not contiguous."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def describable(*tensors: Tensor | None) -> bool:
     """Return whether tensor descriptors can address these tensors.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
-from visproj.kernels.launch import Config, launch
-from visproj.kernels.layout import unit_columns
+from visproj.kernels.launch import Config, Launch
+from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import run_best
+from visproj.kernels.row_statistics import merge_statistics
+from visproj.kernels.tuning import choose
 
 
 @triton.jit
@@ -163,35 +166,6 @@ def _linear_fwd_kernel(
         tl.store(squares_ptr + cells, tl.sum(acc * acc, 1), mask=in_rows)
 
 
-@triton.jit
-def _merge_statistics_kernel(
-    means_ptr,  # [tiles, M]
-    squares_ptr,  # [tiles, M]
-    mean_ptr,  # [M]
-    rstd_ptr,  # [M]
-    M,
-    N,
-    tiles,
-    eps,
-    TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Chan's merge of means and M2 into 1 / sqrt(M2 / N + eps). Grid: (row blocks)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    parts = tl.arange(0, BLOCK_T)
-    inside = (parts < tiles)[:, None] & (rows < M)[None, :]
-    counts = tl.maximum(tl.minimum(N - parts * TILE, TILE), 0).to(tl.float32)[:, None]
-    cells = parts.to(tl.int64)[:, None] * M + rows[None, :]
-    means = tl.load(means_ptr + cells, mask=inside, other=0.0)
-    squares = tl.load(squares_ptr + cells, mask=inside, other=0.0)
-    mean = tl.sum(means * counts, 0) / N
-    means -= mean[None, :]
-    total = tl.sum(squares + counts * means * means, 0)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(total / N + eps), mask=rows < M)
-
-
 class Epilogue(NamedTuple):
     """What follows a product: ``rstd (product + bias - mean * weight_sum) + shift + table``.
 
@@ -206,6 +180,52 @@ class Epilogue(NamedTuple):
     table: Tensor | None = None  # [L, columns], added to the first columns of every image
     squares: Tensor | None = None  # fp32 [parts, B * L]
     eps: float = 0.0
+
+
+class _Operands(NamedTuple):
+    """Tensors as the kernel reads them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None  # or squares
+    weight_sum: Tensor | None = None
+    shift: Tensor | None = None
+    table: Tensor | None = None
+
+
+class _Plan(NamedTuple):
+    """A product whose configuration is settled."""
+
+    launch: Launch
+    out: tuple[int, ...] | None  # its shape
+    partials: tuple[int, ...] | None  # their shape
+    tile: int
+
+    def __call__(self, operands: _Operands) -> tuple[Any, Any]:
+        """Allocate and launch: the result, and what is known of every row's part in a tile."""
+        x = operands.x
+        out = None if self.out is None else x.new_empty(self.out)
+        partials = means = squares = None
+        if self.partials is not None:
+            partials = squares = x.new_empty(self.partials, dtype=torch.float32)
+            if len(self.partials) == 3:
+                means, squares = partials.unbind()
+        self.launch(
+            x_ptr=x,
+            weight_ptr=operands.weight,
+            out_ptr=out,
+            bias_ptr=operands.bias,
+            mean_ptr=operands.mean,
+            rstd_ptr=operands.rstd,
+            weight_sum_ptr=operands.weight_sum,
+            shift_ptr=operands.shift,
+            table_ptr=operands.table,
+            means_ptr=means,
+            squares_ptr=squares,
+        )
+        return out, partials
 
 
 _PRODUCT_ALONE = Epilogue()
@@ -224,55 +244,48 @@ def _launch_linear(
 
     Returns:
         ``[B, L, N]``, ``None`` without ``store``. Of every row's part in a tile, fp32: mean and M2
-        ``[2, tiles, B * L]`` with ``statistics``, sums of squares ``[1, tiles, B * L]`` without
+        ``[2, tiles, B * L]`` with ``statistics``, sums of squares ``[tiles, B * L]`` without
         ``store``, else ``None``. The width of such a tile.
     """
+    bias, mean, rstd, weight_sum, shift, table, squares, eps = epilogue
+    rows = rstd if squares is None else squares
+    x, weight, table = unit_columns(x, weight, table)
+    vectors = contiguous(bias, mean, rows, weight_sum, shift)
+    operands = _Operands(x, weight, *vectors, table)
+    precision = dot_precision(x.dtype)
+    parts = None if squares is None else squares.shape[0]
+    settings = store, statistics, triangular, parts, eps, precision
+    plan = recall(key_of("linear", operands, *settings), lambda: _plan(operands, *settings))
+    return *plan(operands), plan.tile
+
+
+def _plan(
+    operands: _Operands,
+    store: bool,
+    statistics: bool,
+    triangular: bool,
+    parts: int | None,
+    eps: float,
+    precision: str,
+) -> tuple[_Plan, bool]:
+    """Choose a configuration; returns whether it is settled as well."""
+    x, weight, table = operands.x, operands.weight, operands.table
     images, length, K = x.shape
     N = weight.shape[0]
-    squares, eps = epilogue.squares, epilogue.eps
-    mean, row_scale = (
-        None if rows is None else rows.flatten()
-        for rows in (epilogue.mean, epilogue.rstd if squares is None else squares)
-    )
-    x, weight, bias, mean, row_scale, weight_sum, shift, table = unit_columns(
-        x,
-        weight,
-        epilogue.bias,
-        mean,
-        row_scale,
-        epilogue.weight_sum,
-        epilogue.shift,
-        epilogue.table,
-    )
+    shape = (images, length, N) if store else None
     if table is None and (images == 1 or x.stride(0) == length * x.stride(1)):
         images, length = 1, images * length  # no tile has a boundary to respect
     M = images * length
-    out = x.new_empty(*x.shape[:2], N) if store else None
-    precision = dot_precision(x.dtype)
 
-    def run(config: Config) -> tuple[Tensor | None, Tensor | None, int]:
+    def plan(config: Config) -> _Plan:
         block_m, block_n, block_k = config.blocks
         column_tiles = triton.cdiv(N, block_n)
-        partials = None
-        if statistics or not store:
-            partials = x.new_empty(1 + statistics, column_tiles, M, dtype=torch.float32)
-        launch(
+        launch = Launch(
             _linear_fwd_kernel,
             images * triton.cdiv(length, block_m) * column_tiles,
-            config=config,
-            device=x.device,
-            x_ptr=x,
-            weight_ptr=weight,
-            out_ptr=out,
-            bias_ptr=bias,
-            mean_ptr=mean,
-            rstd_ptr=row_scale,
-            weight_sum_ptr=weight_sum,
-            shift_ptr=shift,
-            table_ptr=table,
-            means_ptr=partials[0] if statistics and partials is not None else None,
-            squares_ptr=None if partials is None else partials[-1],
-            parts=None if squares is None else squares.shape[0],
+            config,
+            x.device,
+            parts=parts,
             eps=eps,
             M=M,
             images=images,
@@ -293,12 +306,17 @@ def _launch_linear(
             GROUP_M=8,
             DESCRIPTORS=config.descriptors,
         )
-        return out, partials, block_n
+        partials = None
+        if statistics or not store:
+            partials = (2, column_tiles, M) if statistics else (column_tiles, M)
+        return _Plan(launch, shape, partials, block_n)
 
     kernel = "linear_table" if table is not None else "linear"
+    out = x.new_empty(shape) if store else None
     choices = configs.candidates(kernel, (x, weight, out, table), precision)
-    key = (M, N, K, statistics, store, triangular, row_scale is not None)
-    return run_best(kernel, key, choices, run, x)
+    key = (M, N, K, statistics, store, triangular, operands.rstd is not None)
+    config, settled = choose(kernel, key, choices, lambda c: partial(plan(c), operands), x)
+    return plan(config), settled
 
 
 def linear_fwd(x: Tensor, weight: Tensor, epilogue: Epilogue = _PRODUCT_ALONE) -> Tensor:
@@ -349,7 +367,7 @@ def row_squares_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         fp32 ``[parts, B * L]``, to be summed over the parts.
     """
     _, partials, _ = _launch_linear(x, weight, Epilogue(bias=bias), store=False, triangular=True)
-    return partials[0]
+    return partials
 
 
 def folded_linear_fwd(
@@ -377,36 +395,24 @@ def folded_linear_fwd(
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
     """
-    squares = row_squares_fwd(x, stats_weight, stats_bias)
-    epilogue = Epilogue(bias=bias, squares=squares, eps=eps, shift=shift, table=table)
-    return linear_fwd(x, weight, epilogue)
+    x, weight, stats_weight, table = unit_columns(x, weight, stats_weight, table)
+    bias, stats_bias, shift = contiguous(bias, stats_bias, shift)
+    norm = _Operands(x, stats_weight, stats_bias)
+    product = _Operands(x, weight, bias, shift=shift, table=table)
+    precision = dot_precision(x.dtype)
 
+    def make() -> tuple[tuple[_Plan, _Plan], bool]:
+        first, settled = _plan(norm, False, False, True, None, 0.0, precision)
+        assert first.partials
+        squares = x.new_empty(first.partials, dtype=torch.float32)
+        scaled = product._replace(rstd=squares)
+        second, also = _plan(scaled, True, False, False, len(squares), eps, precision)
+        return (first, second), settled and also
 
-def merge_statistics(
-    partials: Tensor, mean: Tensor, rstd: Tensor, width: int, tile: int, eps: float
-) -> None:
-    """Merge means and M2 of the parts of rows, ``[2, tiles, M]``, into ``mean`` and ``rstd``."""
-    means, squares = partials
-    tiles, rows = means.shape
-    block_t = triton.next_power_of_2(tiles)
-    block_m = max(16, min(128, 4096 // block_t))
-    launch(
-        _merge_statistics_kernel,
-        triton.cdiv(rows, block_m),
-        config=Config((block_m, block_t), warps=4, stages=1),
-        device=rstd.device,
-        means_ptr=means,
-        squares_ptr=squares,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        M=rows,
-        N=width,
-        tiles=tiles,
-        eps=eps,
-        TILE=tile,
-        BLOCK_M=block_m,
-        BLOCK_T=block_t,
-    )
+    operands = x, weight, bias, stats_weight, stats_bias, shift, table
+    norm_plan, product_plan = recall(key_of("folded_linear", operands, eps, precision), make)
+    _, squares = norm_plan(norm)
+    return product_plan(product._replace(rstd=squares))[0]
 
 
 def _flops(arguments: Mapping[str, Any]) -> int:
@@ -430,12 +436,6 @@ def _folded_example(s: Sizes, table: bool) -> Tensor:
     added = s.tensor(s.length, s.outputs) if table else None
     epilogue = Epilogue(bias=s.tensor(s.outputs), squares=squares, eps=1e-12, table=added)
     return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
-
-
-def _merge_example(s: Sizes) -> None:
-    partials = s.statistics(2, triton.cdiv(s.outputs, 128), s.images * s.length)
-    mean, rstd = (s.statistics(s.images, s.length) for _ in range(2))
-    merge_statistics(partials, mean, rstd, s.outputs, 128, 1e-12)
 
 
 _PRODUCT: dict[str, Any] = {"tile": "mnk", "products": ("mnk",), "descriptors": 2}
@@ -466,4 +466,3 @@ register(
         "linear_table_folded": Example(lambda s: _folded_example(s, True), **_PRODUCT_AND_TABLE),
     },
 )
-register(_merge_statistics_kernel, {"merge_statistics": Example(_merge_example, wide_loads=False)})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
-from visproj.kernels.launch import Config, launch
-from visproj.kernels.layout import unit_columns
+from visproj.kernels.launch import Config, Launch
+from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import run_best
+from visproj.kernels.tuning import choose
 
 
 @triton.jit
@@ -136,33 +139,53 @@ def linear_bwd_weight(
     Returns:
         ``[N, K]`` and ``[N]`` or ``None``, in the dtype of ``x``.
     """
+    (x,) = unit_columns(x)
+    grad, mean, rstd, gain, shift = contiguous(grad, mean, rstd, gain, shift)
+    operands = grad, x, mean, rstd, gain, shift
+    precision = dot_precision(x.dtype)
+    launch = recall(
+        key_of("linear_bwd_weight", operands, bias, precision),
+        lambda: _plan(operands, bias, precision),
+    )
+    return _start(launch, operands, bias)
+
+
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _start(launch: Launch, operands: _Operands, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Allocate and launch."""
+    grad, x, mean, rstd, gain, shift = operands
+    dweight = x.new_empty(grad.shape[-1], x.shape[-1])
+    dbias = x.new_empty(grad.shape[-1]) if bias else None
+    launch(
+        grad_ptr=grad,
+        x_ptr=x,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        gain_ptr=gain,
+        shift_ptr=shift,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+    )
+    return dweight, dbias
+
+
+def _plan(operands: _Operands, bias: bool, precision: str) -> tuple[Launch, bool]:
+    """Choose a configuration; returns whether it is settled as well."""
+    grad, x, mean, *_ = operands
     images, length, K = x.shape
     N = grad.shape[-1]
-    mean, rstd = (None if rows is None else rows.flatten() for rows in (mean, rstd))
-    x, mean, rstd, gain, shift = unit_columns(x, mean, rstd, gain, shift)
-    grad = grad.contiguous()
-    dweight = x.new_empty(N, K)
-    dbias = x.new_empty(N) if bias else None
     if images == 1 or x.stride(0) == length * x.stride(1):
         images, length = 1, images * length
 
-    precision = dot_precision(x.dtype)
-
-    def run(config: Config) -> None:
+    def plan(config: Config) -> Launch:
         block_n, block_k, block_m = config.blocks
-        launch(
+        return Launch(
             _linear_bwd_weight_kernel,
             triton.cdiv(N, block_n) * triton.cdiv(K, block_k),
-            config=config,
-            device=x.device,
-            grad_ptr=grad,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            gain_ptr=gain,
-            shift_ptr=shift,
-            dweight_ptr=dweight,
-            dbias_ptr=dbias,
+            config,
+            x.device,
             M=images * length,
             images=images,
             length=length,
@@ -179,8 +202,10 @@ def linear_bwd_weight(
 
     choices = configs.candidates("linear_bwd_weight", (grad, x), precision)
     key = (images * length, N, K, mean is not None)
-    run_best("linear_bwd_weight", key, choices, run, x)
-    return dweight, dbias
+    config, settled = choose(
+        "linear_bwd_weight", key, choices, lambda c: partial(_start, plan(c), operands, bias), x
+    )
+    return plan(config), settled
 
 
 def _example(s: Sizes, norm: bool) -> object:

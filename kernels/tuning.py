@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,47 +17,57 @@ from visproj.files import cache_folder, read_json_object, replacing
 from visproj.kernels.device import INTERPRETING, architecture, switched_on
 from visproj.kernels.launch import Config
 
-R = TypeVar("R")
-
 _chosen: dict[str, str] = {}  # what files say
 _remembered: dict[tuple[Any, ...], Config] = {}  # what was looked up or timed in this process
 _files_read: set[Path] = set()
 _lock = threading.Lock()  # held while timing as well: two threads would disturb each other
 
 
-def run_best(
+class Choice(NamedTuple):
+    """A configuration, and whether the next call would be given the same."""
+
+    config: Config
+    settled: bool
+
+
+def choose(
     kernel: str,
     shape: Sequence[Any],
     choices: Sequence[Config],
-    run: Callable[[Config], R],
+    prepare: Callable[[Config], Callable[[], object]],
     like: Tensor,
-) -> R:
-    """Return what ``run`` gives with the best of ``choices``.
+) -> Choice:
+    """Return the best of ``choices``.
 
     The first use of a kernel at a shape (its first entry, the rows, counted in powers of two) times
     every choice and remembers the fastest, in this process and in :func:`cache_file`. While a CUDA
     graph is captured, in an initialised process group, under the interpreter and with
-    ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered runs, else the first choice.
+    ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else the first choice.
     ``VISPROJ_AUTOTUNE=0`` takes the first choice always.
 
-    ``run`` must be safe to repeat.
+    Args:
+        kernel: Its name.
+        shape: What the best choice depends on.
+        choices: The first is the default.
+        prepare: Returns what runs the kernel with a configuration, safe to repeat.
+        like: A tensor on the device.
 
     Raises:
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
-    config = choices[0]
     off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
-    if not off and len(choices) > 1:
-        rows, *rest = shape
-        names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
-        key = (like.device, tuple(choices), *names)
-        if (known := _remembered.get(key)) is None:
-            with _lock, torch.cuda.device_of(like):
-                known = _read_or_timed(names, choices, run, like.device)
-            if known is not None:
-                _remembered[key] = known
-        config = known or config
-    return run(config)
+    if off or len(choices) == 1:
+        return Choice(choices[0], True)
+    rows, *rest = shape
+    names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
+    key = (like.device, tuple(choices), *names)
+    if (known := _remembered.get(key)) is None:
+        with _lock, torch.cuda.device_of(like):
+            known = _read_or_timed(names, choices, prepare, like.device)
+        if known is None:  # capturing a graph ends; a process group and the interpreter stay
+            return Choice(choices[0], INTERPRETING or _distributed())
+        _remembered[key] = known
+    return Choice(known, True)
 
 
 def cache_file() -> Path | None:
@@ -72,7 +82,7 @@ def cache_file() -> Path | None:
 def _read_or_timed(
     names: tuple[Any, ...],
     choices: Sequence[Config],
-    run: Callable[[Config], Any],
+    prepare: Callable[[Config], Callable[[], object]],
     device: torch.device,
 ) -> Config | None:
     """Return what an earlier process chose, else the fastest; ``None`` where nothing is timed."""
@@ -89,9 +99,7 @@ def _read_or_timed(
         return known
     if torch.cuda.is_current_stream_capturing() or _distributed():
         return None
-    times = [
-        triton.testing.do_bench(lambda c=choice: run(c), warmup=5, rep=20) for choice in choices
-    ]
+    times = [triton.testing.do_bench(prepare(choice), warmup=5, rep=20) for choice in choices]
     best = choices[times.index(min(times))]
     _chosen[key] = str(best)
     if path is not None:

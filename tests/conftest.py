@@ -1,6 +1,7 @@
 """Device, threads and seeds; ``selection`` holds the hooks that decide what runs."""
 
 import os
+import sys
 
 import pytest
 from selection import (  # noqa: F401
@@ -29,6 +30,13 @@ def device():
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_planned():
+    """No launch is the plan of another test, which may have changed what plans follow from."""
+    if plans := sys.modules.get("visproj.kernels.plans"):
+        plans._plans.clear()
 
 
 @pytest.fixture(autouse=True)

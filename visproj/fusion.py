@@ -49,7 +49,7 @@ def why_not_plain(module: nn.Module, reads: Reads) -> tuple[str, str] | None:
     for name, kind in reads.items():
         child: Any = module
         for part in name.split("."):
-            child = getattr(child, part, None)
+            child = child._modules.get(part) if isinstance(child, nn.Module) else None
         if reason := _why_called(child, kind):
             return name, reason
         if kind is nn.Sequential:
@@ -95,12 +95,13 @@ def why_touched(module: nn.Module) -> str | None:
 def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
     if type(module) is not kind:
         return f"it is a {type(module).__module__}.{type(module).__qualname__}"
-    for name, parameter in module._parameters.items():
+    parameters = module._parameters
+    for name, parameter in parameters.items():
         if parameter is None:
             continue
         if type(parameter) not in _PLAIN_TENSORS or not parameter.is_floating_point():
             return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}"
-    if "weight" in module._parameters and module.weight is None:
+    if parameters.get("weight", module) is None:
         return "it has no gain" if kind is nn.LayerNorm else "it has no weight"
     if kind is nn.LayerNorm:
         shape: Any = module.normalized_shape
@@ -114,7 +115,8 @@ def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
         if module.training and module.dropout:
             return "its dropout is active"
     # Asked here as well, because this is asked of every child in every forward.
-    if "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS):
+    own = module.__dict__
+    if "forward" in own or any(map(own.__getitem__, _HOOKS)):
         return why_touched(module)
     return None
 

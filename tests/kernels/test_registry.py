@@ -18,7 +18,7 @@ TOY = """
 import torch
 import triton
 import triton.language as tl
-from visproj.kernels.launch import Config, launch
+from visproj.kernels.launch import Config, Launch
 from visproj.kernels.registry import Example, register
 
 
@@ -32,16 +32,10 @@ def _toy_fwd_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
 @torch.library.custom_op("visproj::toy", mutates_args=())
 def toy(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
-    launch(
-        _toy_fwd_kernel,
-        triton.cdiv(x.numel(), 1024),
-        config=Config((1024,), warps=4, stages=1),
-        device=x.device,
-        x_ptr=x,
-        out_ptr=out,
-        count=x.numel(),
-        BLOCK=1024,
-    )
+    config = Config((1024,), warps=4, stages=1)
+    programs, count = triton.cdiv(x.numel(), 1024), x.numel()
+    launch = Launch(_toy_fwd_kernel, programs, config, x.device, count=count, BLOCK=1024)
+    launch(x_ptr=x, out_ptr=out)
     return out
 
 

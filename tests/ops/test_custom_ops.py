@@ -55,10 +55,10 @@ def forward(case, save, **options):
     """A forward operation and its arguments."""
     if case == "linear_layer_norm":
         x = norm_inputs(**options)
-        return linear_layer_norm._forward, (*x, 1e-5, x[0].dtype, save)
+        return linear_layer_norm._forward.custom, (*x, 1e-5, x[0].dtype, save)
     if case == "linear_norm_linear":
-        return linear_norm_linear._forward, (*chain_inputs(**options), 10, 1e-5, save)
-    return attention._forward, (*attention_inputs(case, **options), save)
+        return linear_norm_linear._forward.custom, (*chain_inputs(**options), 10, 1e-5, save)
+    return attention._forward.custom, (*attention_inputs(case, **options), save)
 
 
 def backward(case, needs_dx=True, **options):
@@ -68,12 +68,12 @@ def backward(case, needs_dx=True, **options):
     grad = torch.randn_like(out)
     if case == "linear_layer_norm":
         x, weight, _, gain = args[:4]
-        return linear_layer_norm._backward, (grad, x, weight, gain, *saved, needs_dx)
+        return linear_layer_norm._backward.custom, (grad, x, weight, gain, *saved, needs_dx)
     if case == "linear_norm_linear":
         x, weight, _, gain, shift, out_weight, _, positions = args[:8]
         tensors = (x, weight, gain, shift, out_weight, positions, *saved)
-        return linear_norm_linear._backward, (grad, *tensors, 10, needs_dx, needs_dx)
-    return attention._backward, (grad, *args[:4], out, *saved)
+        return linear_norm_linear._backward.custom, (grad, *tensors, 10, needs_dx, needs_dx)
+    return attention._backward.custom, (grad, *args[:4], out, *saved)
 
 
 CASES = ["linear_layer_norm", "linear_norm_linear", *FORMS]
@@ -228,7 +228,9 @@ def test_backward_runs_what_forward_ran(case, device, monkeypatch):
     module = {"linear_layer_norm": linear_layer_norm, "linear_norm_linear": linear_norm_linear}
     module = module.get(case, attention)
     backward = module._backward
-    monkeypatch.setattr(module, "_backward", lambda *a: (seen.append(case), backward(*a))[1])
+    monkeypatch.setattr(
+        module, "_backward", lambda *a, **k: (seen.append(case), backward(*a, **k))[1]
+    )
     inputs = [t.requires_grad_() for t in public_inputs(case, device=device)]
     with use_backend("triton"):
         out = public(case, None)(*inputs)
@@ -289,9 +291,9 @@ def test_a_mask_that_requires_grad_goes_to_pytorch(device, monkeypatch):
 def test_opcheck_of_the_folded_linear(lead, dtype, device):
     x, *others = folded_inputs(dtype=dtype, device=device)
     x = x[0].expand(*lead, -1, -1)
-    torch.library.opcheck(folded_linear._forward, (x, *others, 1e-5))
+    torch.library.opcheck(folded_linear._forward.custom, (x, *others, 1e-5))
     without = (*others[:4], None, None)
-    torch.library.opcheck(folded_linear._forward, (x, *without, 1e-5))
+    torch.library.opcheck(folded_linear._forward.custom, (x, *without, 1e-5))
 
 
 def test_the_folded_linear_has_no_gradient(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,71 @@ def schema(inputs: type, outputs: str) -> str:
     fields = typing.get_type_hints(inputs).items()
     arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields)
     return f"({arguments}) -> {outputs}"
+
+
+class Operation:
+    """A custom operation, and the short way to its body where nothing has to see the operation.
+
+    The dispatcher's way takes a compiler, an exporter, a mode or a tensor subclass along; it costs
+    some 30 µs per call, and several times that with a backward.
+
+    Args:
+        name: After ``visproj::``.
+        inputs: The NamedTuple of its arguments.
+        outputs: Their part of the schema.
+        body: Takes what the schema says and returns that, or ``None`` for a tensor of a tuple that
+            nobody asked for: the dispatcher, which has no optional results, gets an empty one.
+    """
+
+    def __init__(self, name: str, inputs: type, outputs: str, body: Callable[..., Any]) -> None:
+        def complete(*inputs: Any) -> Any:
+            found = body(*inputs)
+            if not isinstance(found, tuple):
+                return found
+            return tuple(inputs[0].new_empty(EMPTY) if x is None else x for x in found)
+
+        self._body = body
+        self._function: Any = None
+        self.custom = torch.library.custom_op(
+            f"visproj::{name}", complete, mutates_args=(), schema=schema(inputs, outputs)
+        )
+
+    def register_autograd(
+        self, differentiate: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """Give the operation a backward, with the arguments of ``torch.library``'s own method."""
+        self.custom.register_autograd(differentiate, setup_context=setup_context)
+
+        # A setup_context of its own would have PyTorch inspect the signature in every call.
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            found = self._body(*inputs)
+            setup_context(ctx, inputs, found)
+            return found
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+        self._function = type(self.custom._name, (torch.autograd.Function,), methods)
+
+    def __call__(self, *inputs: Any, differentiable: bool) -> Any:
+        """Run it; ``differentiable`` says whether a backward through it may come."""
+        if _is_seen(inputs):
+            return self.custom(*inputs)
+        if differentiable:
+            return (self._function.apply if self._function else self.custom)(*inputs)
+        return self._body(*inputs)
+
+
+def _is_seen(inputs: tuple[Any, ...]) -> bool:
+    """Return whether a tracer, a transform, a mode or a subclass looks at operations here."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, inputs))
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
 
 
 def in_order(inputs: Any, **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -60,13 +126,13 @@ def norm_autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if kind == "cuda" else torch.get_autocast_dtype(kind)
 
 
-def forbid_second_derivative(backward: Any) -> None:
+def forbid_second_derivative(backward: Operation) -> None:
     """Make a second derivative through a backward operation an error that says what to do."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"{backward._qualname} has no second derivative: "
+            f"{backward.custom._qualname} has no second derivative: "
             'run the forward under visproj.use_backend("torch")'
         )
 
-    backward.register_autograd(refuse)
+    backward.custom.register_autograd(refuse)

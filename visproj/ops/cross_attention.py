@@ -14,10 +14,10 @@ from visproj.errors import InputError
 from visproj.ops import eager
 from visproj.ops.autograd import (
     EMPTY,
+    Operation,
     forbid_second_derivative,
     in_order,
     saves_for_backward,
-    schema,
 )
 from visproj.ops.checks import (
     check_all_floating,
@@ -110,7 +110,8 @@ def cross_attention(
     mask = additive_mask(attn_mask, key_padding_mask, batch, heads, q.dtype) if masked else None
     if mask is not None:
         mask = F.pad(mask, (0, -length % _MASK_MULTIPLE), value=float("-inf")).contiguous()
-    return _forward(*Inputs(q, k, v, mask, saves_for_backward(q, k, v)))[0]
+    save = saves_for_backward(q, k, v)
+    return _forward(q, k, v, mask, save, differentiable=save)[0]
 
 
 def cross_attention_maps(
@@ -169,20 +170,19 @@ def _unpack(kv: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-@torch.library.custom_op(
-    "visproj::cross_attention_fwd", mutates_args=(), schema=schema(Inputs, "(Tensor, Tensor)")
-)
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _run(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     """The result, and the statistics of its softmax that the backward needs."""
     from visproj.kernels.cross_attention import cross_attention_fwd
 
     q, k, v, mask, save = Inputs(*inputs)
     keys, values = (k, v) if v is not None else k.unbind(2)
-    out, statistics = cross_attention_fwd(q, keys, values, mask, statistics=save)
-    return out, q.new_empty(EMPTY) if statistics is None else statistics
+    return cross_attention_fwd(q, keys, values, mask, statistics=save)
 
 
-@_forward.register_fake
+_forward = Operation("cross_attention_fwd", Inputs, "(Tensor, Tensor)", _run)
+
+
+@_forward.custom.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, save: bool) -> tuple[Any, ...]:
     queries, heads, width = q.shape[-3:]
     out = q.new_empty((k.shape[0], queries, heads, width))
@@ -192,12 +192,7 @@ def _(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, save: bool) -
     return out, q.new_empty((parts, k.shape[0], heads, queries), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "visproj::cross_attention_bwd",
-    mutates_args=(),
-    schema=schema(BackwardInputs, "Tensor[]"),
-)
-def _backward(*inputs: Any) -> list[Tensor]:
+def _run_backward(*inputs: Any) -> list[Tensor]:
     """dq, and dk and dv or both packed."""
     from visproj.kernels.cross_attention_backward import cross_attention_bwd
 
@@ -213,7 +208,10 @@ def _backward(*inputs: Any) -> list[Tensor]:
     ]
 
 
-@_backward.register_fake
+_backward = Operation("cross_attention_bwd", BackwardInputs, "Tensor[]", _run_backward)
+
+
+@_backward.custom.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (q, k, v) if t is not None]
 
@@ -229,9 +227,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return in_order(Inputs)
-    dq, dk, *dv = _backward(dout, *ctx.saved_tensors)
+    again = torch.is_grad_enabled()
+    dq, dk, *dv = _backward(dout, *ctx.saved_tensors, differentiable=again)
     return in_order(Inputs, q=dq, k=dk, v=dv[0] if dv else None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.register_autograd(_differentiate, _setup_context)
 forbid_second_derivative(_backward)

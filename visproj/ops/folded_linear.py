@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
 from visproj.ops import eager
-from visproj.ops.autograd import schema
+from visproj.ops.autograd import Operation, saves_for_backward
 from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
 
 
@@ -72,7 +71,8 @@ def folded_linear(
     _check(inputs)
     if not runs_triton(x, backend) or not x.numel() * weight.shape[0]:
         return eager.folded_linear(*inputs)
-    return _forward(*to_autocast_dtype(*inputs[:-1]), eps)
+    differentiable = saves_for_backward(*inputs[:-1])
+    return _forward(*to_autocast_dtype(*inputs[:-1]), eps, differentiable=differentiable)
 
 
 def _check(inputs: Inputs) -> None:
@@ -109,19 +109,19 @@ def _check(inputs: Inputs) -> None:
     check_operands("x", x, wanted)
 
 
-@torch.library.custom_op(
-    "visproj::folded_linear_fwd", mutates_args=(), schema=schema(Inputs, "Tensor")
-)
-def _forward(*inputs: Any) -> Tensor:
+def _run(*inputs: Any) -> Tensor:
     from visproj.kernels.linear import folded_linear_fwd
 
     x, weight, *others = Inputs(*inputs)
     rows = x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
     out = folded_linear_fwd(rows, weight, *others)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    return out if x.ndim == 3 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-@_forward.register_fake
+_forward = Operation("folded_linear_fwd", Inputs, "Tensor", _run)
+
+
+@_forward.custom.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -132,4 +132,4 @@ def _refuse(ctx: Any, grad: Tensor) -> None:
     )
 
 
-_forward.register_autograd(_refuse)
+_forward.custom.register_autograd(_refuse)

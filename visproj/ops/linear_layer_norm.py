@@ -13,13 +13,13 @@ from visproj.errors import InputError
 from visproj.ops import eager
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
+    Operation,
     forbid_second_derivative,
     in_order,
     norm_autocast_dtype,
     nothing_saved,
     saved_like,
     saves_for_backward,
-    schema,
 )
 from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
 
@@ -104,16 +104,12 @@ def linear_layer_norm(
     out_dtype = norm_autocast_dtype(x)
     x, weight, bias = to_autocast_dtype(x, weight, bias)
     save = saves_for_backward(x, weight, bias, gain, shift)
-    return _forward(*Inputs(x, weight, bias, gain, shift, eps, out_dtype, save))[0]
+    given = x, weight, bias, gain, shift, eps, out_dtype, save
+    return _forward(*given, differentiable=save)[0]
 
 
-@torch.library.custom_op(
-    "visproj::linear_layer_norm_fwd",
-    mutates_args=(),
-    schema=schema(Inputs, "(Tensor, Tensor, Tensor, Tensor)"),
-)
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and for the backward y and its rows' mean and rstd (empty without ``save``)."""
+def _run(*inputs: Any) -> tuple[Tensor | None, ...]:
+    """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
 
     x, weight, bias, gain, shift, eps, out_dtype, save = Inputs(*inputs)
@@ -127,12 +123,13 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         in_place=not save,
         statistics=save,
     )
-    if mean is None or rstd is None:
-        return (out, *nothing_saved(x))
-    return out, y, mean, rstd
+    return out, y if save else None, mean, rstd
 
 
-@_forward.register_fake
+_forward = Operation("linear_layer_norm_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run)
+
+
+@_forward.custom.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, *_, out_dtype, save = inputs
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -140,12 +137,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (out, *saved_like(y)) if save else (out, *nothing_saved(x))
 
 
-@torch.library.custom_op(
-    "visproj::linear_layer_norm_bwd",
-    mutates_args=(),
-    schema=schema(BackwardInputs, "Tensor[]"),
-)
-def _backward(*inputs: Any) -> list[Tensor]:
+def _run_backward(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift and, where it is wanted, dx."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
@@ -161,7 +153,10 @@ def _backward(*inputs: Any) -> list[Tensor]:
     return [*gradients, (dy @ weight).reshape(x.shape)] if needs_dx else gradients
 
 
-@_backward.register_fake
+_backward = Operation("linear_layer_norm_bwd", BackwardInputs, "Tensor[]", _run_backward)
+
+
+@_backward.custom.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     _, x, weight, gain, *_, needs_dx = inputs
     shapes = [weight.shape, (weight.shape[0],)]
@@ -182,7 +177,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad is None:
         return in_order(Inputs)
     needed = Inputs(*ctx.needs_input_grad)
-    dweight, dbias, dgain, dshift, *dx = _backward(grad, *ctx.saved_tensors, needed.x)
+    found = _backward(grad, *ctx.saved_tensors, needed.x, differentiable=torch.is_grad_enabled())
+    dweight, dbias, dgain, dshift, *dx = found
     return in_order(
         Inputs,
         x=dx[0] if dx else None,
@@ -193,5 +189,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.register_autograd(_differentiate, _setup_context)
 forbid_second_derivative(_backward)

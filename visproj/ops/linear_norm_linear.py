@@ -13,12 +13,12 @@ from visproj.errors import InputError
 from visproj.ops import eager
 from visproj.ops.autograd import (
     MAX_NORM_WIDTH,
+    Operation,
     forbid_second_derivative,
     in_order,
     nothing_saved,
     saved_like,
     saves_for_backward,
-    schema,
 )
 from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
 
@@ -110,7 +110,8 @@ def linear_norm_linear(
     if not runs_triton(x, backend, unsupported=too_wide) or not x.numel() * D * N:
         return eager.linear_norm_linear(*inputs[:-1])
     save = saves_for_backward(*operands)
-    return _forward(*to_autocast_dtype(*operands), positioned, eps, save)[0]
+    given = (*to_autocast_dtype(*operands), positioned, eps, save)
+    return _forward(*given, differentiable=save)[0]
 
 
 def _check(inputs: Inputs) -> None:
@@ -139,13 +140,8 @@ def _check(inputs: Inputs) -> None:
         raise InputError(f"positioned must be an int between 0 and {N}, got {inputs.positioned}")
 
 
-@torch.library.custom_op(
-    "visproj::linear_norm_linear_fwd",
-    mutates_args=(),
-    schema=schema(Inputs, "(Tensor, Tensor, Tensor, Tensor)"),
-)
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and for the backward y and its rows' mean and rstd (empty without ``save``)."""
+def _run(*inputs: Any) -> tuple[Tensor | None, ...]:
+    """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
     given = Inputs(*inputs)
     x, out_weight = given.x, given.out_weight
     table = None
@@ -153,7 +149,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table = F.linear(given.positions, out_weight[: given.positioned])
     many_rows = x.shape[0] * x.shape[1] > out_weight.shape[0]
     found = _scale_weight(given, table) if many_rows else _normalise_rows(given, table)
-    return found if given.save else (found[0], *nothing_saved(x))
+    return found if given.save else (found[0], None, None, None)
 
 
 def _scale_weight(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +181,7 @@ def _centre(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
     return weight, None if bias is None else bias.float() - bias.mean(dtype=torch.float32)
 
 
-def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor | None, ...]:
     """The rows are normalised, in place where no backward needs them."""
     from visproj.kernels.layer_norm import layer_norm_fwd
     from visproj.kernels.linear import Epilogue, linear_fwd
@@ -200,7 +196,7 @@ def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor
         given.eps,
         out_dtype=y.dtype,
         in_place=not given.save,
-        statistics=True,
+        statistics=given.save,
     )
     if table is None:
         out = _linear(normal, given.out_weight, given.out_bias)
@@ -220,7 +216,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@_forward.register_fake
+_forward = Operation("linear_norm_linear_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run)
+
+
+@_forward.custom.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = Inputs(*inputs)
     x = given.x
@@ -228,12 +227,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (out, *saved_like(y)) if given.save else (out, *nothing_saved(x))
 
 
-@torch.library.custom_op(
-    "visproj::linear_norm_linear_bwd",
-    mutates_args=(),
-    schema=schema(BackwardInputs, "Tensor[]"),
-)
-def _backward(*inputs: Any) -> list[Tensor]:
+def _run_backward(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift, dout_weight, dout_bias; dx and dpositions where wanted."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
@@ -260,7 +254,10 @@ def _backward(*inputs: Any) -> list[Tensor]:
     return gradients
 
 
-@_backward.register_fake
+_backward = Operation("linear_norm_linear_bwd", BackwardInputs, "Tensor[]", _run_backward)
+
+
+@_backward.custom.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     given = BackwardInputs(*inputs)
     x = given.x
@@ -284,7 +281,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad is None:
         return in_order(Inputs)
     needed = Inputs(*ctx.needs_input_grad)
-    found = _backward(grad, *ctx.saved_tensors, ctx.positioned, needed.x, needed.positions)
+    wanted = ctx.positioned, needed.x, needed.positions
+    again = torch.is_grad_enabled()
+    found = _backward(grad, *ctx.saved_tensors, *wanted, differentiable=again)
     dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = found
     gradients = {
         "weight": dweight,
@@ -299,5 +298,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     return in_order(Inputs, **gradients | dict.fromkeys(ctx.absent))
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.register_autograd(_differentiate, _setup_context)
 forbid_second_derivative(_backward)
