@@ -172,7 +172,7 @@ def mean(loss):
 
 @contextmanager
 def operations(kernels):
-    """Have the projectors run as on a GPU, and count the custom operations they call."""
+    """Have the projectors run as on a GPU, and count the operations they call."""
     calls = Counter()
     with ExitStack() as stack:
         if kernels:
@@ -185,11 +185,11 @@ def operations(kernels):
 
 
 def counted(name, forward, calls):
-    """A custom operation that counts its calls."""
+    """An operation that counts its calls."""
 
-    def call(*args):
+    def call(*args, **options):
         calls[name] += 1
-        return forward(*args)
+        return forward(*args, **options)
 
     return call
 
