@@ -381,6 +381,22 @@ class _QueryPlan(NamedTuple):
         return dq
 
 
+def split_of_the_batch(batch: int, tiles: int, processors: int) -> int:
+    """Return into how many parts to split a batch, each with programs of its own for every tile.
+
+    Time is counted in images: rounds of programs on the processors, times the images that each
+    program goes through. The fewest parts within 5 % of the shortest are taken, because every part
+    is written and read once more.
+    """
+    # No part may be empty: with 5 images there are no 4 parts, of 2 images each.
+    possible = {triton.cdiv(batch, triton.cdiv(batch, parts)) for parts in range(1, batch + 1)}
+    times = {
+        parts: triton.cdiv(tiles * parts, processors) * triton.cdiv(batch, parts)
+        for parts in possible
+    }
+    return min(parts for parts, time in times.items() if time <= 1.05 * min(times.values()))
+
+
 def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
     """Choose a configuration; returns whether it is settled as well."""
     q, k, v, mask, dout, *_ = given
@@ -391,11 +407,7 @@ def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
     def plan(config: Config) -> _QueryPlan:
         block_q, block_l = config.blocks
         tiles = heads * triton.cdiv(queries, block_q)
-        parts = batch
-        if shared:
-            parts = min(batch, triton.cdiv(multiprocessors(q.device), tiles))
-        per_part = triton.cdiv(batch, parts)
-        parts = triton.cdiv(batch, per_part)
+        parts = split_of_the_batch(batch, tiles, multiprocessors(q.device)) if shared else batch
         launch = Launch(
             _cross_attention_bwd_dq_kernel,
             parts * tiles,
@@ -403,7 +415,7 @@ def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
             q.device,
             **shared_arguments(q, k, v, mask, config, precision),
             batch=batch,
-            images_per_part=per_part,
+            images_per_part=triton.cdiv(batch, parts),
             TAIL=mask is None and keys % block_l != 0,
         )
         dtype = q.dtype if parts == 1 or not shared else torch.float32

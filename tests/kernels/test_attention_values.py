@@ -204,3 +204,36 @@ def test_nothing_is_saved_without_grad(tiles, device):
             assert torch.equal(cross_attention(q, kv, backend="triton"), out)
     assert not saved
     assert not out.requires_grad
+
+
+# Images, tiles of queries of all heads, processors; the parts, and images one after another.
+# 4, 16 and 38 are what an H100's 132 and an A100's 108 processors can come to.
+@pytest.mark.parametrize(
+    ("batch", "tiles", "processors", "parts", "time"),
+    [
+        (1, 64, 132, 1, 1),
+        (2, 64, 132, 2, 1),
+        (5, 64, 132, 2, 3),
+        (8, 64, 132, 2, 4),
+        (32, 64, 132, 2, 16),
+        (32, 128, 108, 16, 38),
+        (1024, 64, 132, 2, 512),
+        (7, 1, 132, 7, 1),
+        (7, 1000, 4, 1, 1750),
+    ],
+)
+def test_split_of_the_batch(batch, tiles, processors, parts, time):
+    from visproj.kernels.cross_attention_backward import split_of_the_batch
+
+    found = split_of_the_batch(batch, tiles, processors)
+    assert found == parts
+    assert math.ceil(tiles * found / processors) * math.ceil(batch / found) == time
+
+
+@pytest.mark.parametrize("batch", range(1, 40))
+def test_no_part_of_the_batch_is_empty(batch):
+    from visproj.kernels.cross_attention_backward import split_of_the_batch
+
+    for tiles in (1, 3, 64, 131):
+        parts = split_of_the_batch(batch, tiles, 132)
+        assert (parts - 1) * math.ceil(batch / parts) < batch
