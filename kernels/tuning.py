@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 from visproj.files import cache_folder, read_json_object, replacing
 from visproj.kernels.device import INTERPRETING, architecture, switched_on
 from visproj.kernels.launch import Config
+
+_log = logging.getLogger("visproj")
 
 _chosen: dict[str, str] = {}  # what files say
 _remembered: dict[tuple[Any, ...], Config] = {}  # what was looked up or timed in this process
@@ -43,7 +46,8 @@ def choose(
     every choice and remembers the fastest, in this process and in :func:`cache_file`. While a CUDA
     graph is captured, in an initialised process group, under the interpreter and with
     ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else the first choice.
-    ``VISPROJ_AUTOTUNE=0`` takes the first choice always.
+    ``VISPROJ_AUTOTUNE=0`` takes the first choice always, and so does a first use without the memory
+    to time anything. A choice that fails is passed over.
 
     Args:
         kernel: Its name.
@@ -53,6 +57,7 @@ def choose(
         like: A tensor on the device.
 
     Raises:
+        RuntimeError: If every choice fails.
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
@@ -99,12 +104,38 @@ def _read_or_timed(
         return known
     if torch.cuda.is_current_stream_capturing() or _distributed():
         return None
-    times = [triton.testing.do_bench(prepare(choice), warmup=5, rep=20) for choice in choices]
-    best = choices[times.index(min(times))]
+    try:
+        best = _fastest(kernel, choices, prepare)
+    except torch.OutOfMemoryError:  # timing itself takes 256 MB
+        return None
     _chosen[key] = str(best)
     if path is not None:
         _write(path, {**_read(path), key: str(best)})
     return best
+
+
+def _fastest(
+    kernel: str, choices: Sequence[Config], prepare: Callable[[Config], Callable[[], object]]
+) -> Config:
+    """Time every choice. One that does not compile or start is passed over, with a warning."""
+    found = {choice: _milliseconds(prepare(choice)) for choice in choices}
+    times = {choice: time for choice, time in found.items() if isinstance(time, float)}
+    for choice, error in found.items():
+        if isinstance(error, RuntimeError):
+            if not times:
+                raise error
+            _log.warning("passed over %s of %s: %s", choice, kernel, error)
+    return min(times, key=times.__getitem__)
+
+
+def _milliseconds(run: Callable[[], object]) -> float | RuntimeError:
+    """Time a call, or return its error."""
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=20)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return error
 
 
 def _distributed() -> bool:

@@ -238,12 +238,43 @@ def test_what_is_remembered_runs_where_nothing_is_timed(gpu, monkeypatch, why):
     assert len(timed) == 2
 
 
-def test_a_choice_that_fails_is_an_error(gpu):
+def failing(bad, error=RuntimeError):
     def prepare(config):
         def run():
-            raise RuntimeError(f"failed with the configuration {config}")
+            if config in bad:
+                raise error(f"failed with the configuration {config}")
 
         return run
 
-    with pytest.raises(RuntimeError, match="configuration 64x64/4w2s pointers"):
-        tuning.choose("kernel", (256,), (SLOW, FAST), prepare, LIKE)
+    return prepare
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    def do_bench(run, **options):
+        run()
+        return 1.0
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+
+
+def test_a_choice_that_fails_is_passed_over(gpu, timing, caplog):
+    """With one warning, the first time only."""
+    for _ in range(2):
+        got = tuning.choose("kernel", (256,), (SLOW, FAST), failing([SLOW]), LIKE)
+        assert got == (FAST, True)
+    message = f"passed over {SLOW} of kernel: failed with the configuration {SLOW}"
+    assert caplog.messages == [message]
+
+
+def test_if_all_choices_fail_it_is_an_error(gpu, timing):
+    with pytest.raises(RuntimeError, match="failed with the configuration 64x64/4w2s pointers"):
+        tuning.choose("kernel", (256,), (SLOW, FAST), failing([SLOW, FAST]), LIKE)
+
+
+def test_without_memory_to_time_the_first_choice_is_taken(gpu, timing):
+    """And nothing is remembered, so that a later call may time."""
+    prepare = failing([SLOW], torch.OutOfMemoryError)
+    assert tuning.choose("kernel", (256,), (SLOW, FAST), prepare, LIKE) == (SLOW, False)
+    assert not tuning.cache_file().exists()
+    assert tuning.choose("kernel", (256,), (SLOW, FAST), failing([]), LIKE).settled
