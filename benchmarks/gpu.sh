@@ -32,7 +32,9 @@ done
 [ -e "$tests" ] || wrong "no tests at $tests"
 python=${PYTHON:-python3}
 arguments=(--set "$set_name" --out "$out" ${minutes:+--minutes "$minutes"})
+gpu=
 if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
+    gpu=yes
     arguments+=(--graphs)
 fi
 # Bad options are noticed now, not after the tests: --help is read last.
@@ -68,9 +70,17 @@ cores=$(nproc)
 workers=$((cores < 8 ? cores : 8))
 parallel=(-o "addopts=--strict-markers --import-mode=importlib")
 has xdist && parallel+=(-n "$workers")
-step tests timeout 200 "$python" -m pytest "$tests" -q "${parallel[@]}" \
-    --continue-on-collection-errors ${ignored[@]+"${ignored[@]}"}
-tail -n 5 "$out/tests.log"
+# run_tests NAME SECONDS ARGUMENTS...: what is out of time is interrupted, so that it sums up.
+run_tests() {
+    local name=$1 seconds=$2 && shift 2
+    step "$name" timeout -s INT -k 30 "$seconds" "$python" -m pytest "$tests" "$@" -q \
+        "${parallel[@]}" --junitxml "$out/$name.xml" \
+        --continue-on-collection-errors ${ignored[@]+"${ignored[@]}"}
+    tail -n 5 "$out/$name.log"
+}
+# What only a GPU shows comes first.
+[ -n "$gpu" ] && run_tests gpu-tests 240 -m gpu
+run_tests tests 200
 
 printf '== benchmarks, %s set (%s s)\n' "$set_name" "$SECONDS"
 "$python" -m benchmarks.report "${arguments[@]}" 2>&1 | tee "$out/benchmarks.log" ||

@@ -262,7 +262,7 @@ def _plan(
         return partial(_start, plan(config), q, k, v, mask, statistics)
 
     choices = configs.candidates(table_row("cross_attention_fwd", q, mask), (q, k, v), precision)
-    key = (batch * queries, keys, heads, width, mask is not None)
+    key = (batch * queries, triton.next_power_of_2(keys), heads, width, mask is not None)
     config, settled = choose("cross_attention_fwd", key, choices, prepare, q)
     return plan(config), settled
 

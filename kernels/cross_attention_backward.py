@@ -349,7 +349,8 @@ def _plan_dkv(given: Given, dk: Tensor, dv: Tensor, precision: str) -> tuple[Lau
 
     row = table_row("cross_attention_bwd_dkv", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
-    key = (batch * keys, q.shape[-3], heads, width, mask is not None)
+    queries = triton.next_power_of_2(q.shape[-3])
+    key = (batch * keys, queries, heads, width, mask is not None)
     config, settled = choose("cross_attention_bwd_dkv", key, choices, prepare, q)
     return plan(config), settled
 
@@ -423,7 +424,7 @@ def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
 
     row = table_row("cross_attention_bwd_dq", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
-    key = (batch * queries, keys, heads, width, mask is not None, shared)
+    key = (batch * queries, triton.next_power_of_2(keys), heads, width, mask is not None, shared)
     config, settled = choose(
         "cross_attention_bwd_dq", key, choices, lambda c: partial(plan(c), given), q
     )

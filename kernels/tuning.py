@@ -51,7 +51,8 @@ def choose(
 
     Args:
         kernel: Its name.
-        shape: What the best choice depends on.
+        shape: What the best choice depends on; counts of tokens in powers of two, so that not every
+            new count is timed.
         choices: The first is the default.
         prepare: Returns what runs the kernel with a configuration, safe to repeat.
         like: A tensor on the device.

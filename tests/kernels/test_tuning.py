@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 
+from visproj import ops
 from visproj.kernels import configs, tuning
 from visproj.kernels.launch import Config
 
@@ -278,3 +279,23 @@ def test_without_memory_to_time_the_first_choice_is_taken(gpu, timing):
     assert tuning.choose("kernel", (256,), (SLOW, FAST), prepare, LIKE) == (SLOW, False)
     assert not tuning.cache_file().exists()
     assert tuning.choose("kernel", (256,), (SLOW, FAST), failing([]), LIKE).settled
+
+
+def test_counts_of_tokens_are_rounded_up(monkeypatch, device):
+    """Not every new count of keys or queries is timed: 33 to 64 are one."""
+    from visproj.kernels import cross_attention, cross_attention_backward
+
+    shapes = []
+
+    def spy(kernel, shape, *others):
+        shapes.append((kernel, triton.next_power_of_2(shape[0]), *shape[1:]))
+        return tuning.choose(kernel, shape, *others)
+
+    for module in (cross_attention, cross_attention_backward):
+        monkeypatch.setattr(module, "choose", spy)
+    for queries, keys in ((33, 40), (64, 50)):
+        q = torch.randn(queries, 2, 16, device=device, requires_grad=True)
+        kv = torch.randn(1, keys, 2, 2, 16, device=device, requires_grad=True)
+        ops.cross_attention(q, kv, backend="triton").sum().backward()
+    assert len(shapes) == 6
+    assert shapes[:3] == shapes[3:]
