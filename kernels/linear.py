@@ -195,6 +195,17 @@ class _Operands(NamedTuple):
     table: Tensor | None = None
 
 
+class _Product(NamedTuple):
+    """What is done with the operands."""
+
+    precision: str
+    parts: int | None = None  # of the squares, where they stand for rstd
+    eps: float = 0.0  # added to their sum
+    store: bool = True
+    statistics: bool = False
+    triangular: bool = False
+
+
 class _Plan(NamedTuple):
     """A product whose configuration is settled."""
 
@@ -235,12 +246,15 @@ def _launch_linear(
     x: Tensor,
     weight: Tensor,
     epilogue: Epilogue,
-    *,
-    store: bool = True,
-    statistics: bool = False,
-    triangular: bool = False,
+    **options: bool,
 ) -> tuple[Any, Any, int]:
     """Launch the product of ``x`` ``[B, L, K]`` and ``weight`` ``[N, K]`` with its epilogue.
+
+    Args:
+        x: ``[B, L, K]``.
+        weight: ``[N, K]``.
+        epilogue: What follows the product.
+        **options: Of :class:`_Product`.
 
     Returns:
         ``[B, L, N]``, ``None`` without ``store``. Of every row's part in a tile, fp32: mean and M2
@@ -252,24 +266,16 @@ def _launch_linear(
     x, weight, table = unit_columns(x, weight, table)
     vectors = contiguous(bias, mean, rows, weight_sum, shift)
     operands = _Operands(x, weight, *vectors, table)
-    precision = dot_precision(x.dtype)
     parts = None if squares is None else squares.shape[0]
-    settings = store, statistics, triangular, parts, eps, precision
-    plan = recall(key_of("linear", operands, *settings), lambda: _plan(operands, *settings))
+    product = _Product(dot_precision(x.dtype), parts, eps, **options)
+    plan = recall(key_of("linear", operands, *product), lambda: _plan(operands, product))
     return *plan(operands), plan.tile
 
 
-def _plan(
-    operands: _Operands,
-    store: bool,
-    statistics: bool,
-    triangular: bool,
-    parts: int | None,
-    eps: float,
-    precision: str,
-) -> tuple[_Plan, bool]:
+def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
     """Choose a configuration; returns whether it is settled as well."""
     x, weight, table = operands.x, operands.weight, operands.table
+    precision, parts, eps, store, statistics, triangular = product
     images, length, K = x.shape
     N = weight.shape[0]
     shape = (images, length, N) if store else None
@@ -398,21 +404,21 @@ def folded_linear_fwd(
     x, weight, stats_weight, table = unit_columns(x, weight, stats_weight, table)
     bias, stats_bias, shift = contiguous(bias, stats_bias, shift)
     norm = _Operands(x, stats_weight, stats_bias)
-    product = _Operands(x, weight, bias, shift=shift, table=table)
+    scaled = _Operands(x, weight, bias, shift=shift, table=table)
     precision = dot_precision(x.dtype)
 
     def make() -> tuple[tuple[_Plan, _Plan], bool]:
-        first, settled = _plan(norm, False, False, True, None, 0.0, precision)
-        assert first.partials
-        squares = x.new_empty(first.partials, dtype=torch.float32)
-        scaled = product._replace(rstd=squares)
-        second, also = _plan(scaled, True, False, False, len(squares), eps, precision)
-        return (first, second), settled and also
+        squares_plan, settled = _plan(norm, _Product(precision, store=False, triangular=True))
+        assert squares_plan.partials
+        squares = x.new_empty(squares_plan.partials, dtype=torch.float32)
+        product = _Product(precision, len(squares), eps)
+        plan, also = _plan(scaled._replace(rstd=squares), product)
+        return (squares_plan, plan), settled and also
 
     operands = x, weight, bias, stats_weight, stats_bias, shift, table
-    norm_plan, product_plan = recall(key_of("folded_linear", operands, eps, precision), make)
-    _, squares = norm_plan(norm)
-    return product_plan(product._replace(rstd=squares))[0]
+    squares_plan, plan = recall(key_of("folded_linear", operands, eps, precision), make)
+    _, squares = squares_plan(norm)
+    return plan(scaled._replace(rstd=squares))[0]
 
 
 def _flops(arguments: Mapping[str, Any]) -> int:

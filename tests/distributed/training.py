@@ -179,8 +179,8 @@ def operations(kernels):
             stack.enter_context(use_backend("triton"))
         for name in ("cross_attention", "linear_layer_norm", "linear_norm_linear"):
             module = importlib.import_module(f"visproj.ops.{name}")
-            forward = counted(name, module._forward, calls)
-            stack.enter_context(patch.object(module, "_forward", forward))
+            forward = counted(name, getattr(module, f"_{name}_fwd"), calls)
+            stack.enter_context(patch.object(module, f"_{name}_fwd", forward))
         yield calls
 
 

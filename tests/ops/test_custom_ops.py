@@ -55,10 +55,15 @@ def forward(case, save, **options):
     """A forward operation and its arguments."""
     if case == "linear_layer_norm":
         x = norm_inputs(**options)
-        return linear_layer_norm._forward.custom, (*x, 1e-5, x[0].dtype, save)
+        return linear_layer_norm._linear_layer_norm_fwd.custom, (*x, 1e-5, x[0].dtype, save)
     if case == "linear_norm_linear":
-        return linear_norm_linear._forward.custom, (*chain_inputs(**options), 10, 1e-5, save)
-    return attention._forward.custom, (*attention_inputs(case, **options), save)
+        return linear_norm_linear._linear_norm_linear_fwd.custom, (
+            *chain_inputs(**options),
+            10,
+            1e-5,
+            save,
+        )
+    return attention._cross_attention_fwd.custom, (*attention_inputs(case, **options), save)
 
 
 def backward(case, needs_dx=True, **options):
@@ -68,12 +73,25 @@ def backward(case, needs_dx=True, **options):
     grad = torch.randn_like(out)
     if case == "linear_layer_norm":
         x, weight, _, gain = args[:4]
-        return linear_layer_norm._backward.custom, (grad, x, weight, gain, *saved, needs_dx)
+        return linear_layer_norm._linear_layer_norm_bwd.custom, (
+            grad,
+            x,
+            weight,
+            gain,
+            *saved,
+            needs_dx,
+        )
     if case == "linear_norm_linear":
         x, weight, _, gain, shift, out_weight, _, positions = args[:8]
         tensors = (x, weight, gain, shift, out_weight, positions, *saved)
-        return linear_norm_linear._backward.custom, (grad, *tensors, 10, needs_dx, needs_dx)
-    return attention._backward.custom, (grad, *args[:4], out, *saved)
+        return linear_norm_linear._linear_norm_linear_bwd.custom, (
+            grad,
+            *tensors,
+            10,
+            needs_dx,
+            needs_dx,
+        )
+    return attention._cross_attention_bwd.custom, (grad, *args[:4], out, *saved)
 
 
 CASES = ["linear_layer_norm", "linear_norm_linear", *FORMS]
@@ -227,10 +245,14 @@ def test_backward_runs_what_forward_ran(case, device, monkeypatch):
     seen = []
     module = {"linear_layer_norm": linear_layer_norm, "linear_norm_linear": linear_norm_linear}
     module = module.get(case, attention)
-    backward = module._backward
-    monkeypatch.setattr(
-        module, "_backward", lambda *a, **k: (seen.append(case), backward(*a, **k))[1]
-    )
+    name = f"_{module.__name__.rpartition('.')[2]}_bwd"
+    backward = getattr(module, name)
+
+    def spy(*inputs, **options):
+        seen.append(case)
+        return backward(*inputs, **options)
+
+    monkeypatch.setattr(module, name, spy)
     inputs = [t.requires_grad_() for t in public_inputs(case, device=device)]
     with use_backend("triton"):
         out = public(case, None)(*inputs)
@@ -291,9 +313,9 @@ def test_a_mask_that_requires_grad_goes_to_pytorch(device, monkeypatch):
 def test_opcheck_of_the_folded_linear(lead, dtype, device):
     x, *others = folded_inputs(dtype=dtype, device=device)
     x = x[0].expand(*lead, -1, -1)
-    torch.library.opcheck(folded_linear._forward.custom, (x, *others, 1e-5))
+    torch.library.opcheck(folded_linear._folded_linear_fwd.custom, (x, *others, 1e-5))
     without = (*others[:4], None, None)
-    torch.library.opcheck(folded_linear._forward.custom, (x, *without, 1e-5))
+    torch.library.opcheck(folded_linear._folded_linear_fwd.custom, (x, *without, 1e-5))
 
 
 def test_the_folded_linear_has_no_gradient(device):

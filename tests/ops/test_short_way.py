@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from visproj import ops
+from visproj.ops.autograd import Operation
 
 MODULES = {
     "linear_layer_norm": linear_layer_norm,
@@ -40,8 +41,8 @@ def asked(monkeypatch):
         monkeypatch.setattr(operation, "custom", call)
 
     for module in (*MODULES.values(), folded_linear):
-        for name in ("_forward", "_backward"):
-            if operation := getattr(module, name, None):
+        for operation in vars(module).values():
+            if isinstance(operation, Operation):
                 spy(operation)
     return names
 

@@ -111,7 +111,7 @@ def cross_attention(
     if mask is not None:
         mask = F.pad(mask, (0, -length % _MASK_MULTIPLE), value=float("-inf")).contiguous()
     save = saves_for_backward(q, k, v)
-    return _forward(q, k, v, mask, save, differentiable=save)[0]
+    return _cross_attention_fwd(q, k, v, mask, save, differentiable=save)[0]
 
 
 def cross_attention_maps(
@@ -170,7 +170,7 @@ def _unpack(kv: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _run(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     """The result, and the statistics of its softmax that the backward needs."""
     from visproj.kernels.cross_attention import cross_attention_fwd
 
@@ -179,10 +179,10 @@ def _run(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return cross_attention_fwd(q, keys, values, mask, statistics=save)
 
 
-_forward = Operation("cross_attention_fwd", Inputs, "(Tensor, Tensor)", _run)
+_cross_attention_fwd = Operation("cross_attention_fwd", Inputs, "(Tensor, Tensor)", _run_fwd)
 
 
-@_forward.custom.register_fake
+@_cross_attention_fwd.custom.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, save: bool) -> tuple[Any, ...]:
     queries, heads, width = q.shape[-3:]
     out = q.new_empty((k.shape[0], queries, heads, width))
@@ -192,7 +192,7 @@ def _(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, save: bool) -
     return out, q.new_empty((parts, k.shape[0], heads, queries), dtype=torch.float32)
 
 
-def _run_backward(*inputs: Any) -> list[Tensor]:
+def _run_bwd(*inputs: Any) -> list[Tensor]:
     """dq, and dk and dv or both packed."""
     from visproj.kernels.cross_attention_backward import cross_attention_bwd
 
@@ -208,10 +208,10 @@ def _run_backward(*inputs: Any) -> list[Tensor]:
     ]
 
 
-_backward = Operation("cross_attention_bwd", BackwardInputs, "Tensor[]", _run_backward)
+_cross_attention_bwd = Operation("cross_attention_bwd", BackwardInputs, "Tensor[]", _run_bwd)
 
 
-@_backward.custom.register_fake
+@_cross_attention_bwd.custom.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *_: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (q, k, v) if t is not None]
 
@@ -228,9 +228,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | Non
     if dout is None:
         return in_order(Inputs)
     again = torch.is_grad_enabled()
-    dq, dk, *dv = _backward(dout, *ctx.saved_tensors, differentiable=again)
+    dq, dk, *dv = _cross_attention_bwd(dout, *ctx.saved_tensors, differentiable=again)
     return in_order(Inputs, q=dq, k=dk, v=dv[0] if dv else None)
 
 
-_forward.register_autograd(_differentiate, _setup_context)
-forbid_second_derivative(_backward)
+_cross_attention_fwd.register_autograd(_differentiate, _setup_context)
+forbid_second_derivative(_cross_attention_bwd)

@@ -72,7 +72,7 @@ def folded_linear(
     if not runs_triton(x, backend) or not x.numel() * weight.shape[0]:
         return eager.folded_linear(*inputs)
     differentiable = saves_for_backward(*inputs[:-1])
-    return _forward(*to_autocast_dtype(*inputs[:-1]), eps, differentiable=differentiable)
+    return _folded_linear_fwd(*to_autocast_dtype(*inputs[:-1]), eps, differentiable=differentiable)
 
 
 def _check(inputs: Inputs) -> None:
@@ -109,7 +109,7 @@ def _check(inputs: Inputs) -> None:
     check_operands("x", x, wanted)
 
 
-def _run(*inputs: Any) -> Tensor:
+def _run_fwd(*inputs: Any) -> Tensor:
     from visproj.kernels.linear import folded_linear_fwd
 
     x, weight, *others = Inputs(*inputs)
@@ -118,10 +118,10 @@ def _run(*inputs: Any) -> Tensor:
     return out if x.ndim == 3 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-_forward = Operation("folded_linear_fwd", Inputs, "Tensor", _run)
+_folded_linear_fwd = Operation("folded_linear_fwd", Inputs, "Tensor", _run_fwd)
 
 
-@_forward.custom.register_fake
+@_folded_linear_fwd.custom.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -132,4 +132,4 @@ def _refuse(ctx: Any, grad: Tensor) -> None:
     )
 
 
-_forward.custom.register_autograd(_refuse)
+_folded_linear_fwd.custom.register_autograd(_refuse)

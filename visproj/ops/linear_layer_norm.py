@@ -105,10 +105,10 @@ def linear_layer_norm(
     x, weight, bias = to_autocast_dtype(x, weight, bias)
     save = saves_for_backward(x, weight, bias, gain, shift)
     given = x, weight, bias, gain, shift, eps, out_dtype, save
-    return _forward(*given, differentiable=save)[0]
+    return _linear_layer_norm_fwd(*given, differentiable=save)[0]
 
 
-def _run(*inputs: Any) -> tuple[Tensor | None, ...]:
+def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
     """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
 
@@ -126,10 +126,12 @@ def _run(*inputs: Any) -> tuple[Tensor | None, ...]:
     return out, y if save else None, mean, rstd
 
 
-_forward = Operation("linear_layer_norm_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run)
+_linear_layer_norm_fwd = Operation(
+    "linear_layer_norm_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run_fwd
+)
 
 
-@_forward.custom.register_fake
+@_linear_layer_norm_fwd.custom.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, *_, out_dtype, save = inputs
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -137,7 +139,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (out, *saved_like(y)) if save else (out, *nothing_saved(x))
 
 
-def _run_backward(*inputs: Any) -> list[Tensor]:
+def _run_bwd(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift and, where it is wanted, dx."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
@@ -153,10 +155,10 @@ def _run_backward(*inputs: Any) -> list[Tensor]:
     return [*gradients, (dy @ weight).reshape(x.shape)] if needs_dx else gradients
 
 
-_backward = Operation("linear_layer_norm_bwd", BackwardInputs, "Tensor[]", _run_backward)
+_linear_layer_norm_bwd = Operation("linear_layer_norm_bwd", BackwardInputs, "Tensor[]", _run_bwd)
 
 
-@_backward.custom.register_fake
+@_linear_layer_norm_bwd.custom.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     _, x, weight, gain, *_, needs_dx = inputs
     shapes = [weight.shape, (weight.shape[0],)]
@@ -177,7 +179,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad is None:
         return in_order(Inputs)
     needed = Inputs(*ctx.needs_input_grad)
-    found = _backward(grad, *ctx.saved_tensors, needed.x, differentiable=torch.is_grad_enabled())
+    found = _linear_layer_norm_bwd(
+        grad, *ctx.saved_tensors, needed.x, differentiable=torch.is_grad_enabled()
+    )
     dweight, dbias, dgain, dshift, *dx = found
     return in_order(
         Inputs,
@@ -189,5 +193,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     )
 
 
-_forward.register_autograd(_differentiate, _setup_context)
-forbid_second_derivative(_backward)
+_linear_layer_norm_fwd.register_autograd(_differentiate, _setup_context)
+forbid_second_derivative(_linear_layer_norm_bwd)

@@ -111,7 +111,7 @@ def linear_norm_linear(
         return eager.linear_norm_linear(*inputs[:-1])
     save = saves_for_backward(*operands)
     given = (*to_autocast_dtype(*operands), positioned, eps, save)
-    return _forward(*given, differentiable=save)[0]
+    return _linear_norm_linear_fwd(*given, differentiable=save)[0]
 
 
 def _check(inputs: Inputs) -> None:
@@ -140,7 +140,7 @@ def _check(inputs: Inputs) -> None:
         raise InputError(f"positioned must be an int between 0 and {N}, got {inputs.positioned}")
 
 
-def _run(*inputs: Any) -> tuple[Tensor | None, ...]:
+def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
     """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
     given = Inputs(*inputs)
     x, out_weight = given.x, given.out_weight
@@ -216,10 +216,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-_forward = Operation("linear_norm_linear_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run)
+_linear_norm_linear_fwd = Operation(
+    "linear_norm_linear_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run_fwd
+)
 
 
-@_forward.custom.register_fake
+@_linear_norm_linear_fwd.custom.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = Inputs(*inputs)
     x = given.x
@@ -227,7 +229,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (out, *saved_like(y)) if given.save else (out, *nothing_saved(x))
 
 
-def _run_backward(*inputs: Any) -> list[Tensor]:
+def _run_bwd(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift, dout_weight, dout_bias; dx and dpositions where wanted."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
@@ -254,10 +256,10 @@ def _run_backward(*inputs: Any) -> list[Tensor]:
     return gradients
 
 
-_backward = Operation("linear_norm_linear_bwd", BackwardInputs, "Tensor[]", _run_backward)
+_linear_norm_linear_bwd = Operation("linear_norm_linear_bwd", BackwardInputs, "Tensor[]", _run_bwd)
 
 
-@_backward.custom.register_fake
+@_linear_norm_linear_bwd.custom.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     given = BackwardInputs(*inputs)
     x = given.x
@@ -283,7 +285,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     needed = Inputs(*ctx.needs_input_grad)
     wanted = ctx.positioned, needed.x, needed.positions
     again = torch.is_grad_enabled()
-    found = _backward(grad, *ctx.saved_tensors, *wanted, differentiable=again)
+    found = _linear_norm_linear_bwd(grad, *ctx.saved_tensors, *wanted, differentiable=again)
     dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = found
     gradients = {
         "weight": dweight,
@@ -298,5 +300,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     return in_order(Inputs, **gradients | dict.fromkeys(ctx.absent))
 
 
-_forward.register_autograd(_differentiate, _setup_context)
-forbid_second_derivative(_backward)
+_linear_norm_linear_fwd.register_autograd(_differentiate, _setup_context)
+forbid_second_derivative(_linear_norm_linear_bwd)
