@@ -177,10 +177,14 @@ class _Recorder(TorchDispatchMode):
 
     def _look_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation's body on fake tensors, its kernels written down instead of started."""
-        from visproj.kernels import configs, launch
+        from visproj.kernels import configs
+        from visproj.kernels.launch import Launch as KernelLaunch
+
+        def start(launch: KernelLaunch, tensors: dict[str, Tensor | None]) -> None:
+            self._kernel(launch, tensors)
 
         with (
-            mock.patch.object(launch, "start", self._kernel),
+            mock.patch.object(KernelLaunch, "start", start),
             # Nothing starts, so there is nothing to time and remember.
             mock.patch.dict(os.environ, VISPROJ_AUTOTUNE="0"),
             # Fake tensors have no address.

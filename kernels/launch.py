@@ -70,9 +70,9 @@ class Launch:
         try:
             if device.type == "cuda" and torch.cuda.current_device() != device.index:
                 with torch.cuda.device(device):
-                    start(self, tensors)
+                    self.start(tensors)
             else:
-                start(self, tensors)
+                self.start(tensors)
         except Exception as error:
             raise RuntimeError(
                 f"the Triton kernel {self.kernel.__name__} failed on {device} (architecture "
@@ -81,7 +81,7 @@ class Launch:
             ) from error
 
     def start(self, tensors: dict[str, Tensor | None]) -> None:
-        """Start the kernel on the current device."""
+        """Start the kernel on the current device; what counts launches replaces this."""
         if not self.config.descriptors:
             self._start(tensors)
             return
@@ -106,8 +106,3 @@ class Launch:
 
     def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=self.device)
-
-
-def start(launch: Launch, tensors: dict[str, Tensor | None]) -> None:
-    """Start a kernel; what counts launches instead of starting them replaces this."""
-    launch.start(tensors)

@@ -20,6 +20,7 @@ from visproj.folding.algebra import Scaled, fold_linear_norm, or_zeros
 from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain, why_touched
 from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
+from visproj.ops.folded_linear import Inputs, check_input, fitting_folded_linear
 from visproj.positions import Grid
 from visproj.resampler import Resampler
 
@@ -29,7 +30,8 @@ class ScaledLinear(nn.Module):
 
     ``rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``. The product is
     an ``nn.Linear`` of its own, read where it is plain and called where something has taken its
-    place, so that quantisation tools find it; ``R``, ``r`` and ``shift`` are buffers.
+    place, so that quantisation tools find it; ``R``, ``r`` and ``shift`` are buffers. They fit one
+    another since they were folded: only what comes in is checked.
 
     Args:
         weights: What to hold, as it is.
@@ -50,11 +52,12 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """``[..., L, C] -> [..., L, N]``; ``table`` goes to the first columns of every image."""
-        scale = (self.factor, self.factor_bias, self.shift, table)
+        scale = (self.factor, self.factor_bias, self.shift, table, self.floor)
         if is_plain(self, _PRODUCT):
             linear = self.linear
-            return ops.folded_linear(x, linear.weight, linear.bias, *scale, eps=self.floor)
-        return ops.scale_rows(self.linear(x), x, *scale, self.floor)
+            check_input(x, linear.weight, table)
+            return fitting_folded_linear(Inputs(x, linear.weight, linear.bias, *scale))
+        return ops.scale_rows(self.linear(x), x, *scale)
 
 
 _PRODUCT: Reads = {"linear": nn.Linear}

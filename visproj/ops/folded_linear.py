@@ -69,42 +69,58 @@ def folded_linear(
     """
     inputs = Inputs(x, weight, bias, stats_weight, stats_bias, shift, table, eps)
     _check(inputs)
-    if not runs_triton(x, backend) or not x.numel() * weight.shape[0]:
+    return fitting_folded_linear(inputs, backend)
+
+
+def fitting_folded_linear(inputs: Inputs, backend: str | None = None) -> Tensor:
+    """:func:`folded_linear` of operands that are known to fit one another."""
+    x, eps = inputs.x, inputs.eps
+    if not runs_triton(x, backend) or not x.numel() * inputs.weight.shape[0]:
         return eager.folded_linear(*inputs)
     differentiable = saves_for_backward(*inputs[:-1])
     return _folded_linear_fwd(*to_autocast_dtype(*inputs[:-1]), eps, differentiable=differentiable)
 
 
+def check_input(x: Tensor, weight: Tensor, table: Tensor | None) -> None:
+    """Raise, as :func:`folded_linear` says, unless ``x`` and ``table`` fit the weight."""
+    check_all_floating(x=x)
+    if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        raise InputError(
+            "x must be [..., L, C] and weight [N, C], got shapes "
+            f"{list(x.shape)} and {list(weight.shape)}"
+        )
+    fitting: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"weight": (weight, weight.shape)}
+    if table is not None:
+        check_all_floating(table=table)
+        if table.ndim != 2 or table.shape[1] > weight.shape[0]:
+            raise InputError(
+                f"table must be [L, <= {weight.shape[0]}], got shape {list(table.shape)}"
+            )
+        fitting["table"] = table, (x.shape[-2], table.shape[1])
+    check_operands("x", x, fitting)
+
+
 def _check(inputs: Inputs) -> None:
     """Raise as :func:`folded_linear` says."""
-    x, weight, stats_weight, table = inputs.x, inputs.weight, inputs.stats_weight, inputs.table
+    x, weight, stats_weight = inputs.x, inputs.weight, inputs.stats_weight
     check_all_floating(
         x=x,
         weight=weight,
         bias=inputs.bias,
         stats_weight=stats_weight,
         stats_bias=inputs.stats_bias,
-        table=x if table is None else table,
     )
-    if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
-        raise InputError(
-            "x must be [..., L, C] and weight [N, C], got shapes "
-            f"{list(x.shape)} and {list(weight.shape)}"
-        )
+    check_input(x, weight, inputs.table)
     N, C = weight.shape
     if stats_weight.ndim != 2 or stats_weight.shape[0] > C or stats_weight.shape[1] != C:
         raise InputError(
             f"stats_weight must be [<= {C}, {C}], got shape {list(stats_weight.shape)}"
         )
-    if table is not None and (table.ndim != 2 or table.shape[1] > N):
-        raise InputError(f"table must be [L, <= {N}], got shape {list(table.shape)}")
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "weight": (weight, weight.shape),
         "bias": (inputs.bias, (N,)),
         "stats_weight": (stats_weight, stats_weight.shape),
         "stats_bias": (inputs.stats_bias, (stats_weight.shape[0],)),
         "shift": (inputs.shift, (N,)),
-        "table": (table, (x.shape[-2], 0 if table is None else table.shape[1])),
     }
     check_operands("x", x, wanted)
 
