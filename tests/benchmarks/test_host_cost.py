@@ -17,6 +17,7 @@ BARS = {"folded": 1.0, "unfolded": 1.5, "training": 2.0}
 BUSY = 1.25
 
 
+@pytest.mark.slow
 def test_the_last_line_holds_the_bars():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -14,6 +14,7 @@ plans = pytest.importorskip("visproj.kernels.plans", reason="kernels need triton
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_planned_launch_is_the_binders():
     """In a process in which Triton compiles: arguments, grid, kernel and allocator are equal."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
