@@ -6,6 +6,7 @@ from helpers import features, make, rms_error
 from torch import nn
 
 from visproj import fold
+from visproj.errors import InputError
 
 KINDS = ["baseline", "vit", "perceiver"]
 # fp64 with one QR factorisation and products of up to 200 terms; 1e-13 was seen.
@@ -44,3 +45,15 @@ def test_a_folded_weight_that_requires_gradients_is_refused():
     folded.kv.linear.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
         folded(features(1, 17))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_module_is_refused_by_name(tmp_path):
+    projector = make("baseline", dtype=torch.float32).eval()
+    folded = projector.fold(triton=True)
+    quantised = torch.ao.quantization.quantize_dynamic(folded)
+    with pytest.raises(InputError, match="not a tensor: save before quantising"):
+        quantised.save(tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+    with pytest.warns(UserWarning, match="has changed since it was folded"):
+        assert folded.is_stale(torch.ao.quantization.quantize_dynamic(projector))

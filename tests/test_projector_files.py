@@ -15,6 +15,7 @@ from vlm.tiny import tiny_projector
 import visproj
 from visproj.errors import InputError, VisprojError
 from visproj.projectors import PerceiverProjector, ViTProjector
+from visproj.vlm.pretrained import PretrainedProjector
 
 CLIP = {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "attention_dropout": 0.25}
 PROJECTORS = {
@@ -317,3 +318,62 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(OSError, match=f"cannot write {tmp_path}"):
         visproj.save_projector(make("vit"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision"].update(changes.pop("vision", {}))
+    path.write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("load", [visproj.load_projector, PretrainedProjector.from_pretrained])
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("perceiver", {"query_grid": [2, 2]}, r"query_grid \[1, 4\], not \[2, 2\]"),
+        ("vit", {"vision": {"num_attention_heads": 2}}, "num_heads 4, not 2"),
+        ("vit", {"vision": {"hidden_act": "gelu"}}, "hidden_act quick_gelu, not gelu"),
+        ("vit", {"vision": {"layer_norm_eps": 0.5}}, "eps {'vis_layer.layer_norm1': 1e-05"),
+    ],
+)
+def test_a_folder_whose_files_contradict_each_other(load, kind, changes, message, tmp_path):
+    """Shapes fit, numbers would not: a configuration that was edited, or another run's weights."""
+    options = {"query_grid": (1, 4)} if kind == "perceiver" else {}
+    vision = vars(VIS_CONFIG) | {"image_size": 56, "patch_size": 14, "mean": [0], "std": [1]}
+    projector = PretrainedProjector(kind, vision, 64, "e", "l", "p", **options)
+    projector.save_pretrained(tmp_path)
+    load(tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(InputError, match=f"model.safetensors holds a projector with {message}"):
+        load(tmp_path)
+
+
+def test_a_module_that_the_configuration_does_not_describe(tmp_path):
+    vision = vars(VIS_CONFIG) | {"image_size": 56, "patch_size": 14, "mean": [0], "std": [1]}
+    projector = PretrainedProjector("perceiver", vision, 64, "e", "l", "p", query_grid=(2, 2))
+    projector.module = make("perceiver", dtype=torch.float32, query_grid=(2, 2), num_heads=4)
+    with pytest.raises(InputError, match=r"does not describe this module: .*num_heads 4, not 1"):
+        projector.save_pretrained(tmp_path / "p")
+    projector.module = visproj.fold(projector.module)
+    with pytest.raises(TypeError, match="does not take a FoldedPerceiver: use its own save"):
+        projector.save_pretrained(tmp_path / "p")
+    with pytest.raises(TypeError, match="does not take a FoldedPerceiver: use its own save"):
+        visproj.save_projector(projector, tmp_path / "f")
+    with pytest.raises(TypeError, match="does not take a FoldedPerceiver: use its own save"):
+        visproj.save_projector(torch.compile(projector.module), tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_replaced_forward_of_a_module_itself_is_not_described(tmp_path):
+    projector = make("baseline")
+    projector[0].forward = lambda x: torch.zeros(*x.shape[:-1], 64, dtype=x.dtype)
+    visproj.save_projector(projector, tmp_path / "f")
+    with pytest.raises(InputError, match="without its description"):
+        visproj.load_projector(tmp_path / "f")
+
+
+def test_a_newer_format_is_named(tmp_path):
+    save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "f", {"format": "visproj-projector-2"})
+    with pytest.raises(InputError, match="format visproj-projector-2, which a newer visproj reads"):
+        visproj.load_projector(tmp_path / "f")

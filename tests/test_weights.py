@@ -145,7 +145,7 @@ DAMAGED = {
     "queries": (
         "perceiver",
         of_another_shape("projection.query", 12, 64),
-        r"size mismatch for query.*\[12, 64\].*\[9, 64\]",
+        "12 queries lie on no square grid, and pos_embed is not the sine-cosine table of another",
     ),
 }
 
@@ -328,3 +328,39 @@ def test_fsdp2_is_put_together(tmp_path, one_process):
     visproj.save_projector(projector, path)
     saved = load_file(path)
     assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4), (3, 5), (1, 7)], ids=str)
+def test_the_grid_of_the_queries_is_that_of_the_table(grid, dtype, tmp_path):
+    projector = make("perceiver", dtype=dtype, query_grid=grid, num_heads=2)
+    save({f"projection.{k}": t for k, t in projector.state_dict().items()}, tmp_path / "f.bin")
+    loaded = visproj.load_visualchat_projector(tmp_path / "f.bin", num_heads=2)
+    assert loaded.query_grid == grid
+    x = features(2, 17).to(dtype)
+    assert torch.equal(loaded(x), projector(x))
+
+
+def test_a_table_of_no_grid_is_taken_for_a_square_one(tmp_path):
+    """As one that was trained, which nothing tells the grid of."""
+    state = make("perceiver", query_grid=(4, 4), num_heads=2).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    save({f"projection.{k}": t for k, t in state.items()}, tmp_path / "f.bin")
+    loaded = visproj.load_visualchat_projector(tmp_path / "f.bin", num_heads=2)
+    assert loaded.query_grid == (4, 4)
+    assert torch.equal(loaded.pos_embed, state["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("baseline", {"vis_config": 99}, "vis_config has a width of 99, the projector of 32"),
+        ("perceiver", {"vis_config": 99}, "vis_config has a width of 99, the projector of 32"),
+        ("baseline", {"num_heads": 2}, "num_heads is a Perceiver's, which this projector is not"),
+        ("vit", {"num_heads": 2}, "num_heads is a Perceiver's, which this projector is not"),
+    ],
+)
+def test_arguments_that_contradict_the_file(kind, given, message, tmp_path):
+    path = write_single(checkpoint_state(kind), tmp_path, ".bin")
+    with pytest.raises(InputError, match=message):
+        visproj.load_visualchat_projector(path, **given)

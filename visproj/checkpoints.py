@@ -115,6 +115,8 @@ def find_tensors(
         if keys is None:
             first_keys.extend(sorted(file.keys)[:5])
             keys = [key for key in sorted(file.keys) if wanted(key)]
+        elif unnamed := sorted({key for key in file.keys if wanted(key)} - set(keys)):
+            raise InputError(f"{file.path} holds {unnamed[0]}, which the index does not name")
         for key in keys:
             if key not in file.keys:
                 raise InputError(f"the index says that {file.path} holds {key}, which it does not")

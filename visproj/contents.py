@@ -107,8 +107,10 @@ def _config(folder: Path) -> dict[str, Any]:
 def _describe_file(form: str, keys: Collection[str]) -> str:
     if form.startswith("visproj-folded-"):
         return "a folded projector: load it with load_folded"
-    if form.startswith("visproj-projector-"):
+    if form == PROJECTOR_FORMAT:
         return "a projector that save_projector wrote: load it with load_projector"
+    if form.startswith("visproj-projector-"):
+        return f"a projector of format {form}, which a newer visproj reads"
     if any("transformer.visual." in key for key in keys):
         return "a Qwen-VL checkpoint: take its encoder out with extract_vision_encoder"
     if kind := bare_kind(keys):

@@ -302,7 +302,16 @@ class Entry(NamedTuple):
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Entries for tensors that are in memory."""
+    """Entries for tensors that are in memory.
+
+    Raises:
+        InputError: If one is something else, as the packed weights of a quantised module.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{name} is a {type(tensor).__name__}, not a tensor: save before quantising"
+            )
     return [
         Entry(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
         for name, tensor in tensors.items()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from visproj.checkpoints import LocalFiles, find_tensors
-from visproj.checks import check_module
+from visproj.checks import check_module, vision_width
 from visproj.contents import (
     PROJECTOR_FORMAT,
     by_bare_key,
@@ -36,9 +36,9 @@ from visproj.files import (
     write_safetensors,
 )
 from visproj.folding import FoldedProjector
-from visproj.positions import sincos_position_table
+from visproj.positions import Grid, sincos_position_table
 from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
-from visproj.projectors.description import build_described, describe
+from visproj.projectors.description import build_described, check_described, describe
 
 PREFIX = "projection."
 CONFIG_NAME = "config.json"
@@ -132,8 +132,11 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
     """The projector whose keys these are, with the widths that these tensors have."""
     if state.keys() & {"query", "kv_proj.weight"}:
         width, vis_dim = _matrix(state, "kv_proj.weight")
+        _check_given(vis_config, vis_dim)
         grid = _query_grid(state)
         return PerceiverProjector(vis_dim, width, query_grid=grid, num_heads=num_heads)
+    if num_heads is not None:
+        raise InputError("num_heads is a Perceiver's, which this projector is not")
     if any(key.startswith("vis_layer.") for key in state):
         if vis_config is None:
             raise InputError(
@@ -142,11 +145,35 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
             )
         return ViTProjector(vis_config, _matrix(state, "projection.0.weight")[0])
     width, vis_dim = _matrix(state, "0.weight")
+    _check_given(vis_config, vis_dim)
     return LinearProjector(vis_dim, width)
 
 
-def _query_grid(state: dict[str, Tensor]) -> tuple[int, int]:
-    side = math.isqrt(_matrix(state, "query")[0])
+def _check_given(vis_config: Any, vis_dim: int) -> None:
+    """Raise if a configuration that was given is of another encoder."""
+    if vis_config is not None and (given := vision_width(vis_config)) != vis_dim:
+        raise InputError(f"vis_config has a width of {given}, the projector of {vis_dim}")
+
+
+def _query_grid(state: dict[str, Tensor]) -> Grid:
+    """The grid whose sine-cosine table ``pos_embed`` is; a square where it is none's or missing."""
+    queries, width = _matrix(state, "query")
+    side = math.isqrt(queries)
+    table = state.get("pos_embed")
+    if table is not None and table.shape == (queries, width) and width % 4 == 0:
+        grids = [(n, queries // n) for n in range(1, queries + 1) if queries % n == 0]
+        for grid in sorted(grids, key=lambda grid: abs(grid[0] - side)):
+            # Twice the rounding of the file's dtype: no two tables are as near as that.
+            with torch.device("cpu"):
+                known = sincos_position_table(width, grid)
+            allowed = 2 * torch.finfo(table.dtype).eps
+            if torch.allclose(table.float(), known.to(table.dtype).float(), rtol=0, atol=allowed):
+                return grid
+    if side * side != queries:
+        raise InputError(
+            f"{queries} queries lie on no square grid, and pos_embed is not the sine-cosine table "
+            "of another one"
+        )
     return side, side
 
 
@@ -184,11 +211,8 @@ def save_projector(projector: nn.Module, path: str | Path) -> None:
         ValueError: If a tensor is not floating point, as in a quantised projector, or has no data.
     """
     check_module("save_projector", projector)
-    if isinstance(projector, FoldedProjector):
-        raise TypeError(
-            f"save_projector does not take a {type(projector).__name__}: use its own save(path)"
-        )
     projector = _unwrapped(projector)
+    refuse_folded("save_projector", projector)
     with whole_state(projector) as state:
         if _rank() != 0:
             return
@@ -302,8 +326,11 @@ def load_file_into(
     """Give ``module`` the weights in ``file``, copied out of it.
 
     Raises:
-        InputError: If the file does not hold exactly the module's tensors.
+        InputError: If the file does not hold exactly the module's tensors, or says that they are
+            those of another projector.
     """
+    if file.metadata.get("format") == PROJECTOR_FORMAT:
+        check_described(module, _description(file), f"{file.path.name} holds")
     stored = {key: file.tensor(key).shape for key in sorted(file.keys)}
     refuse_placeholders(stored, str(file.path))
     wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
@@ -343,12 +370,20 @@ def whole_state(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The projector inside ``torch.compile``, DDP or ``PretrainedProjector``, or ``module``."""
     inner: Any = module
-    while not isinstance(inner, _PROJECTORS):
+    while not isinstance(inner, (*_PROJECTORS, FoldedProjector)):
         children = dict(inner.named_children())
         if len(children) != 1 or not children.keys() <= {"module", "_orig_mod"}:
             return module
         (inner,) = children.values()
     return inner
+
+
+def refuse_folded(function: str, projector: nn.Module) -> None:
+    """Raise ``TypeError`` for a folded projector, which has a format of its own."""
+    if isinstance(projector, FoldedProjector):
+        raise TypeError(
+            f"{function} does not take a {type(projector).__name__}: use its own save(path)"
+        )
 
 
 def _rank() -> int:

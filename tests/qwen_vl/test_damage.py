@@ -97,6 +97,15 @@ def index_names_missing_key(folder, format):
     path.write_text(json.dumps(index))
 
 
+@case(r"00003-of-00004.* holds .*, which the index does not name")
+def index_leaves_a_key_out(folder, format):
+    path, index = index_of(folder, format)
+    name = shard(folder, format).name
+    key = next(key for key, shard in index["weight_map"].items() if shard == name)
+    del index["weight_map"][key]
+    path.write_text(json.dumps(index))
+
+
 @case(r"index\.json is not valid JSON")
 def index_is_cut_off(folder, format):
     path, _ = index_of(folder, format)

@@ -16,6 +16,7 @@ from qwen_vl.checkpoints import (
 )
 from safetensors import safe_open
 
+from visproj.errors import InputError
 from visproj.qwen_vl import QwenVisionTransformer, extract_vision_encoder, merge_into
 from visproj.qwen_vl import merge as merge_module
 
@@ -235,3 +236,26 @@ def test_a_compiled_child(tmp_path, format):
     assert read_all(tmp_path / "merged").keys() == state.keys()
     extract_vision_encoder(tmp_path / "merged", tmp_path / "again")
     assert snapshot(tmp_path / "again") == snapshot(encoder)
+
+
+@pytest.mark.parametrize("first", FORMATS)
+def test_an_encoder_in_both_formats(tmp_path, first):
+    """The one that is not rewritten would stay the old one, without a word."""
+    source = tmp_path / "full"
+    for format in FORMATS:
+        write_checkpoint(source, format, 4 if format == first else 1, index=True)
+    before = snapshot(source)
+    with pytest.raises(InputError, match=r"pytorch_model.*bin holds the encoder a second time"):
+        merge_into(source, trained_encoder(tmp_path / "encoder"), tmp_path / "merged")
+    assert snapshot(source) == before
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "training_args.bin", "rng_state.pth", "a.gguf"])
+def test_what_is_no_shard_is_copied(tmp_path, name):
+    source = write_checkpoint(tmp_path / "full")
+    (source / name).write_bytes(b"source")
+    merge_into(source, trained_encoder(tmp_path / "encoder"), tmp_path / "merged")
+    assert (tmp_path / "merged" / name).stat().st_nlink == 1
+    (tmp_path / "merged" / name).write_bytes(b"edited")
+    assert (source / name).read_bytes() == b"source"

@@ -321,3 +321,21 @@ def test_counts_may_be_a_tensor(model, features):
     got = model.compose(features, ["red", "dog"], counts)
     want = model.compose(features, ["red", "dog"], [2, 0])
     assert torch.equal(got.inputs_embeds, want.inputs_embeds)
+
+
+def test_a_model_that_returns_more_than_tokens(model):
+    images, options = [tiny_photograph()], {"max_new_tokens": 4, "do_sample": False}
+    want = model.generate(images, [PROMPT], **options)
+    assert model.generate(images, [PROMPT], return_dict_in_generate=True, **options) == want
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_folded_projector_answers(quantised):
+    """Also without any parameter left."""
+    projector = tiny_projector("perceiver").module.eval().fold(triton=True)
+    if quantised:
+        projector = torch.ao.quantization.quantize_dynamic(projector)
+        assert not list(projector.parameters())
+    model = VisualLanguageModel(TinyEncoder(), projector, tiny_language_model(), tiny_tokenizer())
+    (answer,) = model.generate([tiny_photograph()], [PROMPT], max_new_tokens=4, do_sample=False)
+    assert isinstance(answer, str)

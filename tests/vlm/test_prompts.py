@@ -220,3 +220,27 @@ def test_generation_ends_with_the_tokenizers_end_of_text():
         [tiny_photograph()], [PROMPT], max_new_tokens=2, eos_token_id=7, pad_token_id=1
     )
     assert (seen[1]["eos_token_id"], seen[1]["pad_token_id"]) == (7, 1)
+
+
+def prefixed(single):
+    tokenizer = tiny_tokenizer(None)
+    words = ("<|user|>", "<|assistant|>", END)
+    named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in words]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=named
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "before", [["<|user|>"], ["<|assistant|>", "<|user|>"], ["<|user|>", "<|user|>"]], ids=str
+)
+@pytest.mark.parametrize("after", [[], [END], ["<|assistant|>"]], ids=str)
+def test_all_that_a_tokenizer_puts_in_front_stays(before, after):
+    """Whether or not it is the beginning of text by name; what it puts after a prompt goes."""
+    tokenizer, plain = prefixed(" ".join([*before, "$A", *after])), tiny_model(template=None)
+    model = assemble(tokenizer)
+    beginning = tokenizer.convert_tokens_to_ids(before)
+    for prompt in (PROMPT, "red <image> dog"):
+        assert model.prompt_ids(prompt) == [*beginning, *plain.prompt_ids(prompt)]
+    assert model.answer_ids("a cat") == plain.answer_ids("a cat")

@@ -15,7 +15,7 @@ from visproj import ops
 from visproj.checks import check_features
 from visproj.contents import FOLDED_FORMAT
 from visproj.errors import InputError
-from visproj.files import entries_of, replacing, write_safetensors
+from visproj.files import entries_of, replacing, tensor_bytes, write_safetensors
 from visproj.folding.algebra import Scaled, fold_linear_norm, or_zeros
 from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain, why_touched
 from visproj.ops.autograd import norm_autocast_dtype
@@ -321,6 +321,9 @@ def weights_digest(projector: nn.Module) -> str:
     """SHA-256 of a module's state dict: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(projector.state_dict().items()):
+        if not isinstance(value, Tensor):  # packed weights of a quantised module
+            digest.update(f"{name} {value!r}".encode())
+            continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(value.detach()))
     return digest.hexdigest()

@@ -66,6 +66,22 @@ def build_described(description: Mapping[str, Any]) -> nn.Module:
     return projector
 
 
+def check_described(projector: nn.Module, description: Mapping[str, Any], whose: str) -> None:
+    """Raise unless a projector does what a description says, but for its dropout.
+
+    Args:
+        projector: Whose own description is compared, if it has one.
+        description: Of the weights that it is to get, or of the projector that it is to be.
+        whose: Where that comes from, for the message, such as ``"model.safetensors holds"``.
+
+    Raises:
+        InputError: If they differ; the message has the first difference.
+    """
+    for name, value in (describe(projector) or {}).items():
+        if name != "dropout" and description.get(name, value) != value:
+            raise InputError(f"{whose} a projector with {name} {description[name]}, not {value}")
+
+
 def _eps(projector: nn.Module) -> dict[str, float]:
     norms = projector.named_modules()
     return {name: norm.eps for name, norm in norms if isinstance(norm, nn.LayerNorm)}
@@ -80,6 +96,7 @@ def _alike(projector: nn.Module, built: nn.Module) -> bool:
     return (
         modules.keys() == ours.keys()
         and all(type(modules[name]).forward is type(m).forward for name, m in ours.items())
+        and not any("forward" in vars(module) for module in modules.values())
         and not any(getattr(module, "add_zero_attn", False) for module in modules.values())
         and _shapes(projector) == _shapes(built)
     )

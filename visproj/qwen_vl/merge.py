@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from visproj.errors import InputError
 from visproj.files import (
-    WEIGHT_SUFFIXES,
     TensorFile,
     cast,
     refuse_existing,
@@ -24,6 +24,7 @@ from visproj.files import (
 )
 from visproj.qwen_vl.checkpoint import Checkpoint, open_checkpoint
 from visproj.qwen_vl.config import QwenVisionConfig
+from visproj.qwen_vl.keys import encoder_key
 from visproj.qwen_vl.storage import open_encoder
 
 
@@ -66,13 +67,14 @@ def merge_into(
     encoder = open_encoder(Path(encoder_dir), checkpoint.config)
     replaced = _by_shard(checkpoint)
     paths = list(_files(root))
+    _refuse_second_encoder([p for p in paths if _is_shard(p) and p not in replaced], replaced)
     with staged_directory(destination) as staging:
         for path in paths:
             target = staging / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path in replaced:
                 _rewrite(path, target, replaced[path], encoder)
-            elif path.suffix in WEIGHT_SUFFIXES:
+            elif _is_shard(path):
                 _link(path, target)
             else:
                 shutil.copyfile(path, target)
@@ -85,6 +87,22 @@ def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
     for key, name in checkpoint.names.items():
         replaced.setdefault(checkpoint.tensors[key].path, {})[key] = name
     return replaced
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether a file is one of the names that weights of a model have, and nothing else has."""
+    return path.suffix == ".safetensors" or fnmatch(path.name, "pytorch_model*.bin")
+
+
+def _refuse_second_encoder(others: list[Path], replaced: Mapping[Path, object]) -> None:
+    """Raise if a file of the other format holds an encoder too, which would stay the old one."""
+    formats = {path.suffix for path in replaced}
+    for path in others:
+        if path.suffix not in formats and any(map(encoder_key, TensorFile(path).keys)):
+            raise InputError(
+                f"{path} holds the encoder a second time, and would keep the old one: remove that "
+                "format from the checkpoint first"
+            )
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class VisualLanguageModel(nn.Module):
         Raises:
             InputError: The features have another width than the projector takes.
         """
-        dtype = next(self.projector.parameters()).dtype
+        tensors = chain(self.projector.parameters(), self.projector.buffers())
+        dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
         return self.projector(features.to(self.device, dtype))
 
     def compose(
@@ -286,7 +288,8 @@ class VisualLanguageModel(nn.Module):
         }
         answers: list[str] = []
         for embeds, mask in self._generated_together(sequence, lengths):
-            ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+            out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+            ids = getattr(out, "sequences", out)  # with return_dict_in_generate
             answers += self.tokenizer.batch_decode(
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )

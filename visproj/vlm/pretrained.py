@@ -16,6 +16,7 @@ from torch import nn
 
 from visproj.errors import InputError
 from visproj.files import TensorFile, parse_device, parse_dtype
+from visproj.projectors.description import check_described, describe
 from visproj.vlm.encoders import VisionEncoder
 from visproj.weights import (
     WEIGHTS_NAME,
@@ -23,6 +24,7 @@ from visproj.weights import (
     check_folder,
     find_projector,
     load_file_into,
+    refuse_folded,
     whole_state,
     write_state,
 )
@@ -203,6 +205,11 @@ class PretrainedProjector(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The projector's own keys. A file of safetensors' making would be its owner's alone."""
+        refuse_folded("a PretrainedProjector's save_pretrained", self.module)
+        if (description := describe(self.module)) is not None:
+            with torch.device("meta"):
+                built = build_configured(self.kind, self.vision, self.lang_dim, self.query_grid)
+            check_described(built, description, "the configuration does not describe this module:")
         with whole_state(self.module) as state:
             write_state(save_directory / WEIGHTS_NAME, self.module, state)
 

@@ -49,11 +49,14 @@ class PromptTokenizer:
             prompt = f"{IMAGE_TOKEN}\n" * images + prompt
         if self._has_template:
             return self._ids(self._render(prompt, self._takes_parts))
-        text = f"{prompt}\n"
-        ids, begin = self._ids(text), self.tokenizer.bos_token_id
-        if self.tokenizer(text).input_ids[:1] == [begin] and ids[:1] != [begin]:
-            return [begin, *ids]
-        return ids
+        ids = self._ids(f"{prompt}\n")
+        return [*self._beginning(ids, f"{prompt}\n"), *ids]
+
+    def _beginning(self, ids: list[int], text: str) -> list[int]:
+        """What the tokenizer puts before a text whose own ids are these."""
+        whole = list(self.tokenizer(text).input_ids)
+        starts = range(len(whole) - len(ids) + 1)
+        return next((whole[:n] for n in starts if whole[n : n + len(ids)] == ids), [])
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer and the end of text.

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from visproj.errors import InputError
 
-LOCK_NAME = ".lock"
+LOCK_NAME = ".visproj.lock"
 # What torchrun, accelerate and deepspeed, Open MPI, MPICH and srun set.
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
