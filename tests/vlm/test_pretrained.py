@@ -156,7 +156,10 @@ DAMAGE = {
     "extra key": (change_weights(lambda w: w.update(extra=torch.ones(1))), "extra"),
     "other shape": (change_weights(lambda w: w.update({"0.bias": torch.ones(3)})), r"0\.bias"),
     "truncated weights": (write("model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "cannot load"),
-    "other width": (change_config(lambda c: c.update(lang_dim=32)), "a projector with lang_dim 64, not 32"),
+    "other width": (
+        change_config(lambda c: c.update(lang_dim=32)),
+        "a projector with lang_dim 64, not 32",
+    ),
     "width of text": (change_config(lambda c: c.update(lang_dim="wide")), "cannot load"),
     "unknown kind": (change_config(lambda c: c.update(kind="q-former")), "q-former"),
     "no kind": (change_config(lambda c: c.pop("kind")), "kind"),
