@@ -1,5 +1,6 @@
 """Which implementation runs, and what is said where it cannot."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -304,3 +305,25 @@ def test_without_triton():
     assert python(hide + CALL, VISPROJ_BACKEND="auto").returncode == 0
     done = python(hide + CALL, VISPROJ_BACKEND="triton")
     assert "triton is not installed (pip install triton)" in done.stderr.splitlines()[-1]
+
+
+def test_tasks_have_their_own_choices(x, by_itself):
+    """And those that they start, in threads too, have theirs until they are left."""
+
+    async def task(backend, want):
+        with use_backend(backend):
+            await asyncio.sleep(0.01)
+            inside = [runs_triton(x), await asyncio.to_thread(runs_triton, x)]
+            later = asyncio.create_task(left())
+        assert inside == [want, want]
+        return await later
+
+    async def left():
+        await asyncio.sleep(0.05)
+        return runs_triton(x)
+
+    async def main():
+        return await asyncio.gather(task("torch", False), task("triton", True))
+
+    assert asyncio.run(main()) == [by_itself, by_itself]
+    assert runs_triton(x) is by_itself

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 class _Block:
-    """One ``with use_backend(name)`` that has been entered and not left."""
+    """One ``with use_backend(name)``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.left = False
 
 
 class _Thread(threading.local):
@@ -30,22 +32,24 @@ class _Thread(threading.local):
         self.blocks: list[_Block] = []
 
 
-_thread = _Thread()
-_blocks: list[_Block] = []  # of all threads
+_own: ContextVar[tuple[_Block, ...]] = ContextVar("visproj_backend", default=())  # oldest first
+_thread = _Thread()  # the same without tasks, for compiled code: Dynamo reads no ContextVar
+_blocks: list[_Block] = []  # of all threads and tasks
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation of every operation called inside.
 
-    The choice holds in the thread that enters the block, whatever other threads choose meanwhile.
-    A thread that is in no block of its own follows the block that was entered last in any thread.
-    The threads that PyTorch starts are such threads: those of ``nn.DataParallel``, and those in
-    which gradient checkpointing runs a forward again during the backward, so call that inside as
-    well or set ``VISPROJ_BACKEND``. A backward runs what its forward ran, wherever it is called.
+    The choice holds in the thread or asyncio task that enters the block, and in the tasks that it
+    starts there, whatever others choose meanwhile. A thread that is in no block of its own follows
+    the block that was entered last in any thread. The threads that PyTorch starts are such threads:
+    those of ``nn.DataParallel``, and those in which gradient checkpointing runs a forward again
+    during the backward, so call that inside as well or set ``VISPROJ_BACKEND``. A backward runs
+    what its forward ran, wherever it is called.
 
-    Blocks may overlap: leaving one takes back its own choice and no other. Coroutines and
-    generators share the choices of the thread that runs them.
+    Blocks may overlap: leaving one takes back its own choice and no other. Generators share the
+    choices of whoever runs them, and compiled code those of the thread that runs it.
 
     Args:
         name: ``"auto"``: Triton kernels for tensors on an NVIDIA GPU of compute capability 8.0 or
@@ -59,11 +63,14 @@ def use_backend(name: str) -> Iterator[None]:
     entered = (_thread.blocks, _blocks)  # a generator may be closed by another thread
     for blocks in entered:
         blocks.append(block)
+    _own.set((*_own.get(), block))
     try:
         yield
     finally:
+        block.left = True  # for the copies of this context that tasks have
         for blocks in entered:
             blocks.remove(block)
+        _own.set(tuple(other for other in _own.get() if not other.left))
 
 
 def check_backend(name: str, source: str) -> str:
@@ -87,16 +94,22 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
         TypeError: If ``"triton"`` was asked for and ``x`` is fp64.
         ValueError: If the backend is unknown, or ``"triton"`` was asked for in an unsupported case.
     """
+    compiling = torch.compiler.is_compiling()
     if backend is not None:
         name = check_backend(backend, "backend")
-    elif latest := _thread.blocks[-1:] or _blocks[-1:]:
-        name = latest[0].name  # slices: another thread may empty the list before an index
+    elif (
+        latest := (
+            _thread.blocks if compiling else [block for block in _own.get() if not block.left]
+        )
+        or _blocks[-1:]
+    ):
+        name = latest[-1].name  # a slice: another thread may empty the list before an index
     else:
         name = check_backend(os.environ.get("VISPROJ_BACKEND") or "auto", "VISPROJ_BACKEND")
     if name == "torch":
         return False
     # While compiling, the compiler is asked to trace the operation and says so itself.
-    stack = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    stack = None if compiling else torch._C._functorch.peek_interpreter_stack()
     if stack is not None:
         unsupported = unsupported or (
             "transforms of torch.func (grad, vmap, jvp) are not supported by the custom operations"
