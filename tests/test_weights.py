@@ -364,3 +364,10 @@ def test_arguments_that_contradict_the_file(kind, given, message, tmp_path):
     path = write_single(checkpoint_state(kind), tmp_path, ".bin")
     with pytest.raises(InputError, match=message):
         visproj.load_visualchat_projector(path, **given)
+
+
+def test_a_projector_twice(tmp_path):
+    state = checkpoint_state("perceiver")
+    save(state | {"query": state["projection.query"].clone()}, tmp_path / "f.bin")
+    with pytest.raises(InputError, match=r"keys below projection\. and, beside them, .*\(query\)"):
+        visproj.load_visualchat_projector(tmp_path / "f.bin")

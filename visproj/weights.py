@@ -18,6 +18,7 @@ from visproj.checkpoints import LocalFiles, find_tensors
 from visproj.checks import check_module, vision_width
 from visproj.contents import (
     PROJECTOR_FORMAT,
+    bare_kind,
     by_bare_key,
     compare_shapes,
     folder_of_ours,
@@ -104,6 +105,11 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
     tops = top_names(files)
     ours = {file.metadata.get("format", "").startswith("visproj-") for file in files.values()}
     if tops != {PREFIX[:-1]} or True in ours:
+        if PREFIX[:-1] in tops and True not in ours and bare_kind(files) is None:
+            raise InputError(
+                f"{path} has keys below {PREFIX} and, beside them, those of a projector by itself "
+                f"({', '.join(sorted(tops - {PREFIX[:-1]}))}): remove the one or the other"
+            )
         lack = "" if tops else f": it has no keys that begin with {PREFIX!r}"
         raise InputError(
             f"{path} is not a DeepSpeed-VisualChat checkpoint{lack}. It holds {what_it_holds(path)}"

@@ -27,7 +27,7 @@ def alone(monkeypatch):
 
 @pytest.mark.parametrize("name", PROCESS_COUNTS)
 def test_several_processes_are_refused(monkeypatch, name):
-    for count in ("", "0", "1"):
+    for count in ("", "0", "1", "01"):
         monkeypatch.setenv(name, count)
         refuse_parallel("training")
     monkeypatch.setenv(name, "2")

@@ -13,8 +13,16 @@ from filelock import FileLock, Timeout
 from visproj.errors import InputError
 
 LOCK_NAME = ".visproj.lock"
-# What torchrun, accelerate and deepspeed, Open MPI, MPICH and srun set.
-PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# What torchrun, accelerate and deepspeed, Open MPI, MPICH, MVAPICH, Horovod, Flux and srun set.
+PROCESS_COUNTS = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "HOROVOD_SIZE",
+    "FLUX_JOB_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
 
 
 def refuse_parallel(what: str) -> None:
@@ -24,7 +32,7 @@ def refuse_parallel(what: str) -> None:
         what: Runs in one process alone, for the message.
     """
     for name in PROCESS_COUNTS:
-        if os.environ.get(name, "").strip() not in ("", "0", "1"):
+        if os.environ.get(name, "").strip().lstrip("0") not in ("", "1"):
             raise InputError(
                 f"{what} runs in one process, and this is one of {os.environ[name]} ({name}): "
                 "start it without torchrun, accelerate, deepspeed, mpirun or srun"
