@@ -35,28 +35,31 @@ from benchmarks.command import Parser, positive_int, run_command
 from benchmarks.driver import AbsentDriver
 from benchmarks.peers import FairPerceiver, UpstreamPerceiver
 from visproj import PerceiverProjector, backend, fold, use_backend
-from visproj.kernels.device import architecture
+from visproj.kernels import device
 
 WIDTH, LANG_DIM, GRID, HEADS, TOKENS = 8, 16, (2, 2), 1, 4
 REPEATS = 10
 
 
 @contextmanager
-def launching_nowhere(launched: Callable[..., None] = lambda *arguments: None) -> Iterator[None]:
-    """Inside, kernels launch for an H100 that is not there; ``launched`` is called instead."""
+def launching_nowhere(
+    launched: Callable[..., None] = lambda *arguments: None, architecture: int = 90
+) -> Iterator[None]:
+    """Inside, kernels launch for a GPU that is not there; ``launched`` is called instead."""
+    target = GPUTarget("cuda", architecture, 32)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.dict(os.environ, VISPROJ_CACHE_DIR=folder))
         for owner, name, value in (
-            (driver, "_active", AbsentDriver(GPUTarget("cuda", 90, 32), launched)),
-            (backend, "_why_not", lambda device: None),
-            (torch.cuda, "get_device_name", lambda device=None: "absent"),
+            (driver, "_active", AbsentDriver(target, launched)),
+            (backend, "_why_not", lambda where: None),
+            (torch.cuda, "get_device_name", lambda where=None: "absent"),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (triton.testing, "do_bench", lambda run, **options: run() or 1.0),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        architecture.cache_clear()
-        stack.callback(architecture.cache_clear)
+        device.architecture.cache_clear()
+        stack.callback(device.architecture.cache_clear)
         yield
 
 

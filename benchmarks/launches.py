@@ -79,7 +79,7 @@ def cost_table(
 ) -> Table:
     """One row for every implementation and mode; the first implementation is upstream's."""
     table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, bf16, batch {images}")
-    columns = ("launches", "on weights alone", "GFLOP", "of upstream's", "MB", "H100 µs (model)")
+    columns = ("launches", "on weights alone", "GFLOP", "of upstream's", "MB")
     for column in ("", "mode", *columns):
         table.add_column(column, justify="left" if column in ("", "mode") else "right")
     upstream = next(iter(costs.values()))
@@ -95,7 +95,6 @@ def cost_table(
                 f"{cost.flops / 1e9:.0f}",
                 f"{cost.flops / upstream[mode].flops:.3f}",
                 f"{sum(launch.bytes for launch in cost.launches) / 1e6:.0f}",
-                f"{1e6 * cost.seconds(model.MACHINES['H100']):.0f}",
             )
     return table
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -25,6 +25,9 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+
+if TYPE_CHECKING:
+    from visproj.kernels.launch import Launch as KernelLaunch
 
 aten = torch.ops.aten
 
@@ -59,21 +62,19 @@ _NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that the model assumes; published figures, see the sources.
+    """Rates that benchmarks/schedule.py assumes; published figures, see the sources.
 
     Attributes:
         matmul: 16-bit matrix products, FLOP/s.
         attention: Fused attention forward, FLOP/s.
         attention_backward: Its backward, FLOP/s.
         bandwidth: Memory, bytes/s.
-        launch: Between two kernels, s.
     """
 
     matmul: float
     attention: float
     attention_backward: float
     bandwidth: float
-    launch: float = 4e-6
 
 
 # Matmul: stas00/ml-engineering, compute/accelerator. Attention: FlashAttention-3's paper and its
@@ -86,20 +87,19 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation: its name, FLOPs, bytes read and written, and whether only weights enter."""
+    """One operation: its name, FLOPs, bytes read and written, and whether only weights enter.
+
+    Attributes:
+        shape: Of what it writes first.
+        started: What started it, where that is a kernel of ours.
+    """
 
     name: str
     flops: int
     bytes: int
     weights_only: bool = False
-
-    def seconds(self, machine: Machine) -> float:
-        """Whichever takes longer, arithmetic or memory."""
-        rate = machine.matmul
-        if "attention" in self.name:
-            backward = "backward" in self.name or "_bwd" in self.name
-            rate = machine.attention_backward if backward else machine.attention
-        return max(self.flops / rate, self.bytes / machine.bandwidth)
+    shape: tuple[int, ...] = field(default=(), compare=False)
+    started: KernelLaunch | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,6 @@ class Cost:
     def flops(self) -> int:
         """Floating-point operations of matrix products and attention, two a multiply-add."""
         return sum(launch.flops for launch in self.launches)
-
-    def seconds(self, machine: Machine) -> float:
-        """Roofline: kernels one after another, or the host's launches if those take longer."""
-        kernels = sum(launch.seconds(machine) for launch in self.launches)
-        return max(kernels, len(self.launches) * machine.launch)
 
     def floor_seconds(self, flop_rate: float, bandwidth: float) -> float:
         """No call with these FLOPs is faster at these rates (FLOP/s, bytes/s)."""
@@ -167,13 +162,21 @@ class _Recorder(TorchDispatchMode):
         self._alive.append(x)
         return x.untyped_storage()._cdata
 
-    def _add(self, name: str, flops: int, read: list[Tensor], written: list[Tensor]) -> None:
+    def _add(
+        self,
+        name: str,
+        flops: int,
+        read: list[Tensor],
+        written: list[Tensor],
+        started: KernelLaunch | None = None,
+    ) -> None:
         weights_only = self._from_inputs.isdisjoint(map(self._storage, read))
         (self._from_weights if weights_only else self._from_inputs).update(
             map(self._storage, written)
         )
         moved = sum(map(touched_bytes, (*read, *written)))
-        self.launches.append(Launch(name, flops, moved, weights_only))
+        shape = tuple(written[0].shape) if written else ()
+        self.launches.append(Launch(name, flops, moved, weights_only, shape, started))
 
     def _look_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation's body on fake tensors, its kernels written down instead of started."""
@@ -193,7 +196,7 @@ class _Recorder(TorchDispatchMode):
         ):
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
 
-    def _kernel(self, launch: Any, pointers: dict[str, Tensor | None]) -> None:
+    def _kernel(self, launch: KernelLaunch, pointers: dict[str, Tensor | None]) -> None:
         """A kernel writes what nothing has read or written before it."""
         from visproj.kernels.registry import FLOPS
 
@@ -202,7 +205,7 @@ class _Recorder(TorchDispatchMode):
         read = [x for x in tensors if self._storage(x) in seen]
         written = [x for x in tensors if self._storage(x) not in seen]
         name = launch.kernel.__name__
-        self._add(name, FLOPS[name]({**pointers, **launch.rest}), read, written)
+        self._add(name, FLOPS[name]({**pointers, **launch.rest}), read, written, launch)
 
 
 def touched_bytes(x: Tensor) -> int:

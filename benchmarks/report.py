@@ -43,8 +43,7 @@ is that of one call above weights and inputs.
 **Columns headed "model" are counted and computed, not measured.** The floor is the larger of the
 row's FLOPs at this machine's best matrix product and its smallest traffic at this machine's best
 memory rate for a working set of that size, both measured beside every group; "share of floor
-(model)" is that floor divided by the measured time. The H100 and A100 columns are a roofline at
-published rates.
+(model)" is that floor divided by the measured time.
 
 Every implementation was compared with the fp64 oracle before it was timed, at the shape that was
 timed: outputs, and where it trains all gradients for a random gradient of the output. The whole
@@ -169,8 +168,6 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
         "GFLOP (model)",
         "launches (model)",
         "share of floor (model)",
-        "H100, µs (model)",
-        "A100, µs (model)",
     )
     beyond = sum(row.beats_floor for row in timed)
     if beyond:
@@ -198,8 +195,6 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
                     _number(row.model_gflop, ".3g"),
                     _number(row.model_launches, "d"),
                     _number(row.share_of_model_floor, ".0%") + "*" * row.beats_floor,
-                    _number(row.model_h100_us, ".0f"),
-                    _number(row.model_a100_us, ".0f"),
                 )
                 for row in timed
                 if (row.task, row.mode) == (task, mode)

@@ -65,8 +65,6 @@ class Row:
     model_launches: int | None = None
     model_floor_us: float | None = None
     share_of_model_floor: float | None = None
-    model_h100_us: float | None = None
-    model_a100_us: float | None = None
 
     @property
     def shape(self) -> str:

@@ -290,12 +290,8 @@ def _untimed(prepared: Prepared, candidate: Candidate, mode: str, ceilings: Ceil
         model_min_mb=cost.min_bytes / 1e6,
         model_floor_us=1e6 * floor,
     )
-    # What a compiler fuses is its own business, and the model's rates are for 16 bits.
-    if not candidate.entry.compiled:
+    if not candidate.entry.compiled:  # what a compiler fuses is its own business
         row = replace(row, model_launches=len(cost.launches))
-        if shape.dtype != "fp32":
-            h100, a100 = (1e6 * cost.seconds(model.MACHINES[name]) for name in ("H100", "A100"))
-            row = replace(row, model_h100_us=h100, model_a100_us=a100)
     return row
 
 

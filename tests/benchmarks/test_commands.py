@@ -10,7 +10,7 @@ import pytest
 from benchmarks import command
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("report", "fold", "launches", "codegen", "host_cost")
+COMMANDS = ("report", "fold", "launches", "codegen", "host_cost", "schedule")
 
 
 def start(name, *arguments, cwd):
@@ -52,6 +52,8 @@ BAD = [
     ("fold", ["--pairs", "none"], 2, "--pairs: must be a whole number of at least 1, got 'none'"),
     ("launches", ["--batch", "-8"], 2, "--batch: must be a whole number of at least 1"),
     ("host_cost", ["--rounds", "0"], 2, "--rounds: must be a whole number of at least 1, got '0'"),
+    ("schedule", ["--machine", "V100"], 2, "argument --machine: invalid choice: 'V100'"),
+    ("schedule", ["--batch", "0"], 2, "--batch: must be a whole number of at least 1, got '0'"),
     ("codegen", ["--arch", "75"], 2, "argument --arch: invalid choice: 75"),
     ("codegen", ["--dtype", "fp64"], 2, "argument --dtype: invalid choice: 'fp64'"),
     ("codegen", ["--part", "2/2"], 2, "--part: must be I/N with I below N, got '2/2'"),

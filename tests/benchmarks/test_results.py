@@ -68,7 +68,10 @@ def damaged(column, text):
     [
         (lambda lines: ["a,b", "1,2"], "is not a benchmark result"),
         (lambda lines: [], "is not a benchmark result"),
-        (lambda lines: [lines[1].removesuffix(",model_a100_us")], "or is one of another version"),
+        (
+            lambda lines: [lines[1].removesuffix(",share_of_model_floor")],
+            "or is one of another version",
+        ),
         (lambda lines: [*lines, lines[1]], r"is damaged in line 4: invalid literal for int"),
         (lambda lines: [*lines[:2], lines[2][:60]], r"is damaged in line 3: \d+ values instead"),
         (damaged("batch", ""), "is damaged in line 3: invalid literal for int"),

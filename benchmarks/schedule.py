@@ -1,0 +1,334 @@
+"""When a GPU's processors would finish: ``python -m benchmarks.schedule``, a model, no measurement.
+
+Every launch is cut into the tiles that it really has, and the tiles are given to the processors one
+after another, each to the first that is free. A launch of fewer tiles than processors leaves some
+idle, and so does the last round of a larger one. *At perfect rates* a processor has its share of
+the published peak, and a tile costs nothing but its arithmetic. *Sober* takes the rates that tiles
+of their size reach, and what every tile spends before and after its loop. PyTorch's own products
+take the library's tile size that is soberly the fastest. Host times are those of
+``benchmarks.host_cost`` on this machine, and a call takes the longer of host and device.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    if find_spec("triton") is None:
+        sys.exit("error: triton is not installed: pip install triton")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks import host_cost, model
+from benchmarks.command import Parser, positive_int, run_command
+from benchmarks.peers import FairPerceiver, UpstreamPerceiver
+from visproj import PerceiverProjector, fold, use_backend
+from visproj.kernels import cross_attention_backward, layer_norm
+
+WIDTH, LANG_DIM, TOKENS = 1024, 4096, 256
+
+
+@dataclass(frozen=True)
+class Processors:
+    """A machine as the schedule sees it; rates of the whole machine.
+
+    Attributes:
+        architecture: Compute capability that configurations are taken for.
+        count: Streaming multiprocessors.
+        rates: Published peaks: products, attention forward and backward, memory.
+        l2: Bytes per second out of the L2 cache.
+    """
+
+    architecture: int
+    count: int
+    rates: model.Machine
+    l2: float
+
+
+# Peaks of H100 and A100 as in benchmarks/model.py. B200: products ThunderKittens' README (4096
+# cubed), attention FlashAttention-4 (arXiv 2603.05451), its backward in the H100's proportion, 90 %
+# of the published 8 TB/s. Out of L2: an estimate for the H100, the others in proportion.
+MACHINES = {
+    "H100": Processors(90, 132, model.MACHINES["H100"], 8.0e12),
+    "A100": Processors(80, 108, model.MACHINES["A100"], 4.5e12),
+    "B200": Processors(100, 148, model.Machine(1540e12, 1613e12, 1042e12, 7.2e12), 15e12),
+}
+# What a tile of a product reaches of the peak, by its elements: estimates from Triton's published
+# 128x256 (640 of 790 TFLOP/s on an H100), 128x128 (550) and 64x128 (380).
+REACHED = ((128 * 256, 640 / 790), (128 * 128, 550 / 790), (0, 380 / 790))
+AROUND = 4e-6  # seconds before and after the loop of a tile
+ATTENTION = 0.48  # reached of attention's peak: 9.5 µs for 128 queries, 256 keys, d 128 on an H100
+GAP = 1e-6  # seconds between two launches
+SHARED = 228 * 1024  # bytes of an SM
+LIBRARY = ((128, 256), (128, 128), (64, 128), (64, 64))  # tiles that cuBLAS may take
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A launch as the processors see it.
+
+    Attributes:
+        flops: Of each tile, in the order in which they start.
+        resident: Tiles that one processor holds at once.
+        size: Elements of a tile; 0 for attention.
+        traffic: Bytes that all tiles read through the L2 cache.
+    """
+
+    flops: Sequence[float]
+    resident: int = 1
+    size: int = 0
+    traffic: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A launch in time.
+
+    Attributes:
+        name: Of the kernel or PyTorch's operation.
+        tiles: Their number; 0 where memory alone counts.
+        waves: Rounds of tiles.
+        used: Share of the processors' time that is not idle, at perfect rates.
+        perfect: Seconds.
+        sober: Seconds.
+    """
+
+    name: str
+    tiles: int
+    waves: int
+    used: float
+    perfect: float
+    sober: float
+
+
+def makespan(seconds: Iterable[float], slots: int) -> float:
+    """Give each piece of work to the slot that is free first; return when the last one ends."""
+    free = [0.0] * slots
+    for piece in seconds:
+        heapq.heapreplace(free, free[0] + piece)
+    return max(free)
+
+
+def row(launch: model.Launch, machine: Processors) -> Row:
+    """Schedule one launch."""
+    memory = launch.bytes / machine.rates.bandwidth
+    if not launch.flops:
+        return Row(launch.name, 0, 0, 1.0, memory, memory + GAP)
+    peak = _peak(launch.name, machine.rates)
+
+    def soberly(tiles: Tiles) -> float:
+        around = AROUND if tiles.size else 0.0
+        seconds = _seconds(tiles, machine, peak * _reached(tiles), around)
+        return max(seconds, tiles.traffic / machine.l2)
+
+    tiles = min(_tiles(launch), key=soberly)
+    perfect, sober = _seconds(tiles, machine, peak), soberly(tiles)
+    at_once = machine.count * _shared_by(tiles, machine)
+    return Row(
+        launch.name,
+        len(tiles.flops),
+        math.ceil(len(tiles.flops) / at_once),
+        sum(tiles.flops) / peak / perfect,
+        max(perfect, memory),
+        max(sober, memory) + GAP,
+    )
+
+
+def _peak(name: str, rates: model.Machine) -> float:
+    if "attention" not in name:
+        return rates.matmul
+    return rates.attention_backward if "_bwd" in name or "backward" in name else rates.attention
+
+
+def _reached(tiles: Tiles) -> float:
+    if not tiles.size:
+        return ATTENTION
+    return next(rate for size, rate in REACHED if tiles.size >= size)
+
+
+def _shared_by(tiles: Tiles, machine: Processors) -> int:
+    """Tiles that share a processor: as many as it holds, if there are so many."""
+    return min(tiles.resident, max(1, math.ceil(len(tiles.flops) / machine.count)))
+
+
+def _seconds(tiles: Tiles, machine: Processors, rate: float, around: float = 0.0) -> float:
+    together = _shared_by(tiles, machine)
+    slots = machine.count * together
+    return makespan((flops / (rate / slots) + around for flops in tiles.flops), slots)
+
+
+def _tiles(launch: model.Launch) -> list[Tiles]:
+    """Cut a launch into tiles; of PyTorch's products in each way that the library may."""
+    started = launch.started
+    if started is None:
+        if "attention" in launch.name:
+            *batch, queries, _ = launch.shape
+            count = math.prod(batch) * math.ceil(queries / 128)
+            return [Tiles([launch.flops / count] * count)]
+        *batch, rows, columns = launch.shape
+        depth = launch.flops / (2 * math.prod(launch.shape))
+        images = math.prod(batch)
+        return [_product(images, rows, columns, depth, m, n) for m, n in LIBRARY]
+    if started.kernel.__name__ == "_linear_fwd_kernel":
+        return [_own_product(launch)]
+    return [Tiles([launch.flops / started.programs] * started.programs)]
+
+
+def _product(
+    images: int, rows: int, columns: int, depth: float, block_m: int, block_n: int
+) -> Tiles:
+    count = images * math.ceil(rows / block_m) * math.ceil(columns / block_n)
+    flops = 2 * block_m * block_n * depth
+    traffic = count * 2 * (block_m + block_n) * depth
+    resident = 1 if block_m * block_n > 128 * 128 else 2
+    return Tiles([flops] * count, resident, block_m * block_n, traffic)
+
+
+def _own_product(launch: model.Launch) -> Tiles:
+    """As the kernel orders its tiles, those of a triangular weight with their own depths."""
+    assert launch.started
+    config, rest = launch.started.config, launch.started.rest
+    block_m, block_n, block_k = config.blocks
+    rows = rest["images"] * math.ceil(rest["length"] / block_m)
+    columns = math.ceil(rest["N"] / block_n)
+    depths = []
+    for tile in range(rows * columns):
+        first = tile // (rest["GROUP_M"] * columns) * rest["GROUP_M"]
+        group = min(rows - first, rest["GROUP_M"])
+        column = tile % (rest["GROUP_M"] * columns) // group
+        start = column * block_n // block_k * block_k if rest["TRIANGULAR"] else 0
+        depths.append(math.ceil((rest["K"] - start) / block_k) * block_k)
+    staged = config.stages * (block_m + block_n) * block_k * 2 + 1024
+    registers = block_m * block_n * 4  # bytes of accumulators, beside as much for the rest
+    resident = max(1, min(SHARED // staged, 256 * 1024 // (2 * registers)))
+    return Tiles(
+        [2 * block_m * block_n * depth for depth in depths],
+        resident,
+        block_m * block_n,
+        sum(2 * (block_m + block_n) * depth for depth in depths),
+    )
+
+
+def modules() -> dict[str, nn.Module]:
+    """What is compared, in bf16."""
+    projector = PerceiverProjector(WIDTH, LANG_DIM)
+    found: dict[str, nn.Module] = {"folded": fold(projector, dtype=torch.bfloat16, triton=True)}
+    found["unfolded"] = projector.bfloat16()
+    for name, kind in (("fair", FairPerceiver), ("upstream", UpstreamPerceiver)):
+        with torch.device("meta"):
+            module = kind(WIDTH, LANG_DIM, LANG_DIM // 128)
+        found[name] = module.bfloat16().to_empty(device="cpu")
+    return found
+
+
+def schedules(
+    modules: dict[str, nn.Module], machine: Processors, batch: int
+) -> dict[tuple[str, str], list[Row]]:
+    """The launches of every module on a machine, by its name and ``forward`` or ``backward``."""
+    x = torch.empty(batch, 1 + TOKENS, WIDTH, dtype=torch.bfloat16)
+    found = {}
+    with ExitStack() as stack:
+        stack.enter_context(host_cost.launching_nowhere(architecture=machine.architecture))
+        for module in (cross_attention_backward, layer_norm):
+            count = mock.patch.object(module, "multiprocessors", return_value=machine.count)
+            stack.enter_context(count)
+        for name, module in modules.items():
+            trains = name != "folded"
+            with use_backend("triton"):
+                costs = model.costs(module, [x], trains=trains)
+            for mode in ("forward", "backward") if trains else ("forward",):
+                found[name, mode] = [row(launch, machine) for launch in costs[mode].launches]
+    return found
+
+
+def launch_table(title: str, rows: Sequence[Row]) -> Table:
+    """A line for every launch."""
+    table = Table(title=title, title_justify="left")
+    for column in ("launch", "tiles", "waves", "SMs used", "µs, perfect rates", "µs, sober"):
+        table.add_column(column, justify="left" if column == "launch" else "right")
+    for found in rows:
+        counts = (
+            (str(found.tiles), str(found.waves), f"{found.used:.0%}") if found.tiles else ("",) * 3
+        )
+        table.add_row(found.name, *counts, f"{1e6 * found.perfect:.1f}", f"{1e6 * found.sober:.1f}")
+    return table
+
+
+class Total(NamedTuple):
+    """A call in microseconds: the device at perfect rates and soberly, and the host."""
+
+    launches: int
+    perfect: float
+    sober: float
+    host: float
+
+    @property
+    def longest(self) -> float:
+        """What the call takes."""
+        return max(self.sober, self.host)
+
+
+def total(key: tuple[str, str], rows: Sequence[Row], host: dict[str, float]) -> Total:
+    """Add up the launches of ``(name, mode)``; a backward is the training less the forward."""
+    name, mode = key
+    waits = host[name] if mode == "forward" else host[f"{name}, training"] - host[name]
+    perfect = 1e6 * sum(launch.perfect for launch in rows)
+    return Total(len(rows), perfect, 1e6 * sum(launch.sober for launch in rows), waits)
+
+
+def total_table(title: str, totals: dict[tuple[str, str], Total]) -> Table:
+    """A line for every module and mode."""
+    table = Table(title=title, title_justify="left")
+    columns = ("launches", "perfect rates", "sober", "host", "the longer", "upstream / it")
+    for column in ("µs, a model", "mode", *columns):
+        table.add_column(column, justify="right" if column in columns else "left")
+    for (name, mode), found in totals.items():
+        ratio = totals["upstream", mode].longest / found.longest
+        times = (f"{time:.0f}" for time in (*found[1:], found.longest))
+        table.add_row(name, mode, str(found.launches), *times, f"{ratio:.2f}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print every launch and the totals; the last line has the folded form's."""
+    parser = Parser("python -m benchmarks.schedule", __doc__)
+    parser.add_argument("--machine", choices=MACHINES, default="H100")
+    parser.add_argument("--batch", type=positive_int, action="append", help="repeat for more")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="of the host's timing")
+    options = parser.parse_args(arguments)
+    machine, batches = MACHINES[options.machine], options.batch or [1, 8, 32]
+    torch.set_num_threads(1)
+    with host_cost.launching_nowhere(), use_backend("triton"):
+        host = host_cost.microseconds(host_cost.calls(), max(2, options.rounds))
+    compared = modules()
+    console, folded = Console(width=110), []
+    for batch in batches:
+        about = f"C {WIDTH}, D {LANG_DIM}, {TOKENS} tokens, bf16, batch {batch}, {options.machine}"
+        found = schedules(compared, machine, batch)
+        for (name, mode), rows in found.items():
+            console.print(launch_table(f"{name} {mode}, {about} (model)", rows))
+        totals = {key: total(key, rows, host) for key, rows in found.items()}
+        console.print(total_table(f"Perceiver, {about}", totals))
+        folded.append(f"{totals['folded', 'forward'].perfect:.0f}")
+    print(
+        f"folded on {options.machine} at perfect rates, {' '.join(map(str, batches))} images: "
+        f"{' '.join(folded)} us"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,133 @@
+"""Tiles given to processors, by hand and for the whole Perceiver."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import schedule
+from benchmarks.model import Launch, Machine
+from benchmarks.schedule import MACHINES, Processors, Tiles, makespan, row
+
+ROOT = Path(__file__).parents[2]
+# Ten processors of 1 TFLOP/s each, and memory that takes no time.
+TEN = Processors(90, 10, Machine(10e12, 10e12, 10e12, 1e30), 1e30)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "slots", "end"),
+    [
+        ([], 2, 0),
+        ([3], 2, 3),
+        ([3, 2, 2], 2, 4),  # 3 beside 2, then 2 after the 2
+        ([2, 2, 3], 2, 5),
+        ([1] * 10, 3, 4),
+    ],
+)
+def test_makespan(pieces, slots, end):
+    assert makespan(pieces, slots) == end
+
+
+def own(**rest):
+    """A product of ours: rows and columns of 128 x 128 tiles, 64 deep."""
+    rest = {
+        "images": 1,
+        "length": 128,
+        "N": 256,
+        "K": 256,
+        "GROUP_M": 8,
+        "TRIANGULAR": False,
+    } | rest
+    kernel = SimpleNamespace(__name__="_linear_fwd_kernel")
+    config = SimpleNamespace(blocks=(128, 128, 64), stages=3)
+    started = SimpleNamespace(kernel=kernel, config=config, rest=rest, programs=0)
+    return Launch("_linear_fwd_kernel", 1, 0, started=started)
+
+
+@pytest.mark.parametrize(
+    ("rest", "depths"),
+    [
+        ({}, [256, 256]),
+        ({"TRIANGULAR": True}, [256, 128]),
+        # Column by column of a group of rows.
+        ({"TRIANGULAR": True, "length": 256}, [256, 256, 128, 128]),
+        ({"TRIANGULAR": True, "length": 256, "GROUP_M": 1}, [256, 128, 256, 128]),
+        ({"K": 250}, [256, 256]),
+        ({"length": 129, "images": 2, "N": 1}, [256] * 4),
+    ],
+)
+def test_the_tiles_of_a_product(rest, depths):
+    (tiles,) = schedule._tiles(own(**rest))
+    assert list(tiles.flops) == [2 * 128 * 128 * depth for depth in depths]
+
+
+def test_fewer_tiles_than_processors_leave_some_idle():
+    found = row(own(), TEN)
+    assert (found.tiles, found.waves, found.used) == (2, 1, pytest.approx(0.2))
+    assert found.perfect == pytest.approx(2 * 128 * 128 * 256 / 1e12)
+    assert found.sober > found.perfect
+
+
+def test_the_last_round_leaves_some_idle():
+    """Two tiles share a processor: 22 of them go into 20 slots, then 2."""
+    found = row(own(length=128 * 11), TEN)
+    assert (found.tiles, found.waves) == (22, 2)
+    assert found.used == pytest.approx(22 / 40)
+
+
+def test_memory_is_a_bound_as_well():
+    machine = Processors(90, 10, Machine(10e12, 10e12, 10e12, 1e9), 1e30)
+    norm = row(Launch("aten.native_layer_norm", 0, 1_000_000), machine)
+    assert (norm.tiles, norm.perfect, norm.sober) == (0, 1e-3, 1e-3 + schedule.GAP)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("rows", [128, 256, 2048, 8192])
+def test_a_product_of_pytorch_takes_the_best_tile(name, rows):
+    """No peak is exceeded, and no candidate of the library would soberly be faster."""
+    machine = MACHINES[name]
+    launch = Launch("aten.mm", 2 * rows * 4096 * 4096, 0, shape=(rows, 4096))
+    found = row(launch, machine)
+    assert found.perfect >= launch.flops / machine.rates.matmul
+    assert found.sober > found.perfect
+    assert len(schedule._tiles(launch)) == len(schedule.LIBRARY)
+
+
+def test_attention_has_a_tile_for_128_queries():
+    launch = Launch(
+        "aten._flash_attention_forward", 4 * 2 * 8 * 256 * 64 * 16, 0, shape=(2, 8, 256, 16)
+    )
+    (tiles,) = schedule._tiles(launch)
+    assert tiles == Tiles([launch.flops / 32] * 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("machine", "most"), [("H100", 120), ("A100", 160)])
+def test_the_last_line(machine, most):
+    """Today's first configurations; at most as long as they took when this was written."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.schedule", "--machine", machine, "--batch", "1"],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    found = re.fullmatch(rf"folded on {machine} at perfect rates, 1 images: (\d+) us", last)
+    assert found, last
+    assert 19e9 / MACHINES[machine].rates.matmul * 1e6 < int(found[1]) <= most
+    for word in (
+        "unfolded backward",
+        "upstream forward",
+        "SMs used",
+        "(model)",
+        "_linear_fwd_kernel",
+    ):
+        assert word in done.stdout
