@@ -171,8 +171,8 @@ def written(folded, x):
     """Shapes of what every launch on activations writes, from a run on fake tensors."""
     shapes, add = [], model._Recorder._add
 
-    def recording(self, name, flops, read, outputs):
-        add(self, name, flops, read, outputs)
+    def recording(self, name, flops, read, outputs, *more):
+        add(self, name, flops, read, outputs, *more)
         if not self.launches[-1].weights_only:
             shapes.append((name, [tuple(t.shape) for t in outputs]))
 
