@@ -351,6 +351,15 @@ def test_a_table_of_no_grid_is_taken_for_a_square_one(tmp_path):
     assert torch.equal(loaded.pos_embed, state["pos_embed"])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+def test_a_table_of_integers_is_one_line(dtype, tmp_path):
+    state = make("perceiver", query_grid=(2, 8), num_heads=2).state_dict()
+    state["pos_embed"] = torch.ones_like(state["pos_embed"], dtype=dtype)
+    save({f"projection.{k}": t for k, t in state.items()}, tmp_path / "f.bin")
+    with pytest.raises(InputError, match=r"pos_embed|plain floating tensor"):
+        visproj.load_visualchat_projector(tmp_path / "f.bin", num_heads=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
