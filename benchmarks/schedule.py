@@ -11,11 +11,10 @@ take the library's tile size that is soberly the fastest. Host times are those o
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,7 +35,9 @@ from benchmarks import host_cost, model
 from benchmarks.command import Parser, positive_int, run_command
 from benchmarks.peers import FairPerceiver, UpstreamPerceiver
 from visproj import PerceiverProjector, fold, use_backend
-from visproj.kernels import cross_attention_backward, layer_norm
+from visproj.kernels import cross_attention_backward, layer_norm, tuning
+from visproj.kernels.launch import Launch
+from visproj.kernels.makespan import Tiles, product_tiles
 
 WIDTH, LANG_DIM, TOKENS = 1024, 4096, 256
 
@@ -66,31 +67,10 @@ MACHINES = {
     "A100": Processors(80, 108, model.MACHINES["A100"], 4.5e12),
     "B200": Processors(100, 148, model.Machine(1540e12, 1613e12, 1042e12, 7.2e12), 15e12),
 }
-# What a tile of a product reaches of the peak, by its elements: estimates from Triton's published
-# 128x256 (640 of 790 TFLOP/s on an H100), 128x128 (550) and 64x128 (380).
-REACHED = ((128 * 256, 640 / 790), (128 * 128, 550 / 790), (0, 380 / 790))
 AROUND = 4e-6  # seconds before and after the loop of a tile
 ATTENTION = 0.48  # reached of attention's peak: 9.5 µs for 128 queries, 256 keys, d 128 on an H100
 GAP = 1e-6  # seconds between two launches
-SHARED = 228 * 1024  # bytes of an SM
 LIBRARY = ((128, 256), (128, 128), (64, 128), (64, 64))  # tiles that cuBLAS may take
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A launch as the processors see it.
-
-    Attributes:
-        flops: Of each tile, in the order in which they start.
-        resident: Tiles that one processor holds at once.
-        size: Elements of a tile; 0 for attention.
-        traffic: Bytes that all tiles read through the L2 cache.
-    """
-
-    flops: Sequence[float]
-    resident: int = 1
-    size: int = 0
-    traffic: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,14 +94,6 @@ class Row:
     sober: float
 
 
-def makespan(seconds: Iterable[float], slots: int) -> float:
-    """Give each piece of work to the slot that is free first; return when the last one ends."""
-    free = [0.0] * slots
-    for piece in seconds:
-        heapq.heapreplace(free, free[0] + piece)
-    return max(free)
-
-
 def row(launch: model.Launch, machine: Processors) -> Row:
     """Schedule one launch."""
     memory = launch.bytes / machine.rates.bandwidth
@@ -130,18 +102,18 @@ def row(launch: model.Launch, machine: Processors) -> Row:
     peak = _peak(launch.name, machine.rates)
 
     def soberly(tiles: Tiles) -> float:
-        around = AROUND if tiles.size else 0.0
-        seconds = _seconds(tiles, machine, peak * _reached(tiles), around)
-        return max(seconds, tiles.traffic / machine.l2)
+        reached, around = (tiles.reached(), AROUND) if tiles.size else (ATTENTION, 0.0)
+        seconds = tiles.seconds(machine.count, peak * reached, around)
+        return max(seconds, 2 * tiles.traffic / machine.l2)
 
     tiles = min(_tiles(launch), key=soberly)
-    perfect, sober = _seconds(tiles, machine, peak), soberly(tiles)
-    at_once = machine.count * _shared_by(tiles, machine)
+    perfect, sober = tiles.seconds(machine.count, peak), soberly(tiles)
+    count = len(tiles.work)
     return Row(
         launch.name,
-        len(tiles.flops),
-        math.ceil(len(tiles.flops) / at_once),
-        sum(tiles.flops) / peak / perfect,
+        count,
+        math.ceil(count / (machine.count * tiles.shared_by(machine.count))),
+        sum(tiles.work) / peak / perfect,
         max(perfect, memory),
         max(sober, memory) + GAP,
     )
@@ -153,23 +125,6 @@ def _peak(name: str, rates: model.Machine) -> float:
     return rates.attention_backward if "_bwd" in name or "backward" in name else rates.attention
 
 
-def _reached(tiles: Tiles) -> float:
-    if not tiles.size:
-        return ATTENTION
-    return next(rate for size, rate in REACHED if tiles.size >= size)
-
-
-def _shared_by(tiles: Tiles, machine: Processors) -> int:
-    """Tiles that share a processor: as many as it holds, if there are so many."""
-    return min(tiles.resident, max(1, math.ceil(len(tiles.flops) / machine.count)))
-
-
-def _seconds(tiles: Tiles, machine: Processors, rate: float, around: float = 0.0) -> float:
-    together = _shared_by(tiles, machine)
-    slots = machine.count * together
-    return makespan((flops / (rate / slots) + around for flops in tiles.flops), slots)
-
-
 def _tiles(launch: model.Launch) -> list[Tiles]:
     """Cut a launch into tiles; of PyTorch's products in each way that the library may."""
     started = launch.started
@@ -179,47 +134,19 @@ def _tiles(launch: model.Launch) -> list[Tiles]:
             count = math.prod(batch) * math.ceil(queries / 128)
             return [Tiles([launch.flops / count] * count)]
         *batch, rows, columns = launch.shape
-        depth = launch.flops / (2 * math.prod(launch.shape))
+        depth = round(launch.flops / (2 * math.prod(launch.shape)))
         images = math.prod(batch)
-        return [_product(images, rows, columns, depth, m, n) for m, n in LIBRARY]
+        return [product_tiles(images, rows, columns, depth, (*tile, 1)) for tile in LIBRARY]
     if started.kernel.__name__ == "_linear_fwd_kernel":
-        return [_own_product(launch)]
+        return [_own_product(started)]
     return [Tiles([launch.flops / started.programs] * started.programs)]
 
 
-def _product(
-    images: int, rows: int, columns: int, depth: float, block_m: int, block_n: int
-) -> Tiles:
-    count = images * math.ceil(rows / block_m) * math.ceil(columns / block_n)
-    flops = 2 * block_m * block_n * depth
-    traffic = count * 2 * (block_m + block_n) * depth
-    resident = 1 if block_m * block_n > 128 * 128 else 2
-    return Tiles([flops] * count, resident, block_m * block_n, traffic)
-
-
-def _own_product(launch: model.Launch) -> Tiles:
+def _own_product(launch: Launch) -> Tiles:
     """As the kernel orders its tiles, those of a triangular weight with their own depths."""
-    assert launch.started
-    config, rest = launch.started.config, launch.started.rest
-    block_m, block_n, block_k = config.blocks
-    rows = rest["images"] * math.ceil(rest["length"] / block_m)
-    columns = math.ceil(rest["N"] / block_n)
-    depths = []
-    for tile in range(rows * columns):
-        first = tile // (rest["GROUP_M"] * columns) * rest["GROUP_M"]
-        group = min(rows - first, rest["GROUP_M"])
-        column = tile % (rest["GROUP_M"] * columns) // group
-        start = column * block_n // block_k * block_k if rest["TRIANGULAR"] else 0
-        depths.append(math.ceil((rest["K"] - start) / block_k) * block_k)
-    staged = config.stages * (block_m + block_n) * block_k * 2 + 1024
-    registers = block_m * block_n * 4  # bytes of accumulators, beside as much for the rest
-    resident = max(1, min(SHARED // staged, 256 * 1024 // (2 * registers)))
-    return Tiles(
-        [2 * block_m * block_n * depth for depth in depths],
-        resident,
-        block_m * block_n,
-        sum(2 * (block_m + block_n) * depth for depth in depths),
-    )
+    rest = launch.rest
+    sizes = rest["images"], rest["length"], rest["N"], rest["K"], launch.config.blocks
+    return product_tiles(*sizes, triangular=rest["TRIANGULAR"], group=rest["GROUP_M"])
 
 
 def modules() -> dict[str, nn.Module]:
@@ -242,7 +169,7 @@ def schedules(
     found = {}
     with ExitStack() as stack:
         stack.enter_context(host_cost.launching_nowhere(architecture=machine.architecture))
-        for module in (cross_attention_backward, layer_norm):
+        for module in (cross_attention_backward, layer_norm, tuning):
             count = mock.patch.object(module, "multiprocessors", return_value=machine.count)
             stack.enter_context(count)
         for name, module in modules.items():

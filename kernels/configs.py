@@ -1,9 +1,10 @@
 """Shipped configurations, in one table by kernel and architecture.
 
-An entry is ``p`` for pointers or ``d`` for descriptors, the tile sizes, warps and stages; the first
-is the default. Every one was compiled for its architecture and neither spills nor asks for more
-shared memory than there is: ``python -m benchmarks.codegen`` shows it. Tiles are rows x columns x
-depth of a product, and queries x keys of attention.
+An entry is ``p`` for pointers or ``d`` for descriptors, the tile sizes, warps and stages; they are
+in order of preference where there are tiles for every processor. Every one was compiled for its
+architecture and neither spills nor asks for more shared memory than there is: ``python -m
+benchmarks.codegen`` shows it. Tiles are rows x columns x depth of a product, and queries x keys of
+attention.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     "linear": (
         "p128x128x64/8w3s p64x128x64/4w4s",
         "p128x128x64/8w3s p64x128x64/4w3s",
-        "d128x256x64/8w3s d128x128x64/8w3s p128x128x64/8w3s p64x128x64/4w4s",
-        "d128x128x64/8w3s d128x128x64/8w4s p64x128x64/4w4s",
+        "d128x256x64/8w3s d128x128x64/8w3s p128x128x64/8w3s d64x128x64/4w4s p64x128x64/4w4s",
+        "d128x128x64/8w3s d128x128x64/8w4s d64x128x64/4w4s p64x128x64/4w4s",
         "d128x128x64/8w3s p128x128x64/8w3s p64x64x64/4w4s",
     ),
     "linear_table": (
         "p128x128x64/8w3s p64x128x64/4w4s",
         "p128x128x64/8w3s p64x128x64/4w3s",
-        "d64x128x64/4w4s d128x128x64/8w3s p128x128x64/8w3s",
-        "d64x128x64/4w4s p128x128x64/8w3s",
+        "d128x256x64/8w3s d128x128x64/8w3s d64x128x64/4w4s p128x128x64/8w3s",
+        "d128x128x64/8w3s d64x128x64/4w4s p128x128x64/8w3s",
         "d128x128x64/8w3s p128x128x64/8w3s",
     ),
     "linear_bwd_weight": (
@@ -51,8 +52,8 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
     "cross_attention_fwd": (
         "p128x64/8w2s p64x64/4w2s",
         "p128x64/8w2s p64x64/4w2s",
-        "d128x128/8w2s d128x64/8w2s p128x64/8w2s",
-        "d128x64/8w2s d128x128/8w2s p128x64/8w2s",
+        "d128x128/8w2s d128x64/8w2s d64x64/4w2s p128x64/8w2s",
+        "d128x64/8w2s d128x128/8w2s d64x64/4w2s p128x64/8w2s",
         "d128x64/8w2s p128x64/8w2s p64x64/4w2s",
     ),
     "cross_attention_fwd_masked": (

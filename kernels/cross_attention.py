@@ -16,6 +16,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.makespan import Tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import choose
@@ -261,9 +262,14 @@ def _plan(
     def prepare(config: Config) -> Callable[[], object]:
         return partial(_start, plan(config), q, k, v, mask, statistics)
 
+    def tiles(config: Config) -> Tiles:
+        block_q, block_l = config.blocks
+        work = block_q * block_l * triton.cdiv(keys, block_l)
+        return Tiles([work] * plan(config).programs)
+
     choices = configs.candidates(table_row("cross_attention_fwd", q, mask), (q, k, v), precision)
     key = (batch * queries, triton.next_power_of_2(keys), heads, width, mask is not None)
-    config, settled = choose("cross_attention_fwd", key, choices, prepare, q)
+    config, settled = choose("cross_attention_fwd", key, choices, prepare, q, tiles)
     return plan(config), settled
 
 

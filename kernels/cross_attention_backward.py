@@ -28,6 +28,7 @@ from visproj.kernels.cross_attention_delta import cross_attention_bwd_delta
 from visproj.kernels.device import dot_precision, multiprocessors
 from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import unit_columns
+from visproj.kernels.makespan import Tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import choose
@@ -347,11 +348,16 @@ def _plan_dkv(given: Given, dk: Tensor, dv: Tensor, precision: str) -> tuple[Lau
     def prepare(config: Config) -> Callable[[], object]:
         return partial(plan(config), **given.pointers(), dk_ptr=dk, dv_ptr=dv)
 
+    def tiles(config: Config) -> Tiles:
+        block_q, block_l = config.blocks
+        work = block_q * block_l * triton.cdiv(q.shape[-3], block_q)
+        return Tiles([work] * plan(config).programs)
+
     row = table_row("cross_attention_bwd_dkv", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
     queries = triton.next_power_of_2(q.shape[-3])
     key = (batch * keys, queries, heads, width, mask is not None)
-    config, settled = choose("cross_attention_bwd_dkv", key, choices, prepare, q)
+    config, settled = choose("cross_attention_bwd_dkv", key, choices, prepare, q, tiles)
     return plan(config), settled
 
 
@@ -422,11 +428,18 @@ def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
         dtype = q.dtype if parts == 1 or not shared else torch.float32
         return _QueryPlan(launch, parts, dtype)
 
+    def tiles(config: Config) -> Tiles:
+        block_q, block_l = config.blocks
+        launch = plan(config).launch
+        images = launch.rest["images_per_part"]
+        work = images * block_q * block_l * triton.cdiv(keys, block_l)
+        return Tiles([work] * launch.programs)
+
     row = table_row("cross_attention_bwd_dq", q, mask)
     choices = configs.candidates(row, (q, k, v, dout), precision)
     key = (batch * queries, triton.next_power_of_2(keys), heads, width, mask is not None, shared)
     config, settled = choose(
-        "cross_attention_bwd_dq", key, choices, lambda c: partial(plan(c), given), q
+        "cross_attention_bwd_dq", key, choices, lambda c: partial(plan(c), given), q, tiles
     )
     return plan(config), settled
 

@@ -15,6 +15,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.makespan import Tiles, product_tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.row_statistics import merge_statistics
@@ -34,6 +35,13 @@ def _grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def _column_vector(ptr, cols, N):
     return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _describe_out(out_ptr, image, length, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.make_tensor_descriptor(
+        out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
+    )
 
 
 @triton.jit
@@ -98,6 +106,13 @@ def _linear_fwd_kernel(
         weight_tiles = tl.make_tensor_descriptor(
             weight_ptr, [N, K], [stride_weight_row, 1], [BLOCK_N, BLOCK_K]
         )
+        # Made before the loop: each waits for all threads. Beside statistics a second one spills.
+        if table_ptr is not None:
+            table_tiles = tl.make_tensor_descriptor(
+                table_ptr, [length, table_columns], [stride_table_row, 1], [BLOCK_M, BLOCK_N]
+            )
+        if out_ptr is not None and means_ptr is None:
+            out_tiles = _describe_out(out_ptr, image, length, N, BLOCK_M, BLOCK_N)
         for k in range(first_k, K, BLOCK_K):
             x = x_tiles.load([first_row, k])
             weight = weight_tiles.load([first_col, k])
@@ -135,9 +150,6 @@ def _linear_fwd_kernel(
         acc += _column_vector(shift_ptr, cols, N)
     if table_ptr is not None:
         if DESCRIPTORS:
-            table_tiles = tl.make_tensor_descriptor(
-                table_ptr, [length, table_columns], [stride_table_row, 1], [BLOCK_M, BLOCK_N]
-            )
             acc += table_tiles.load([first_row, first_col]).to(tl.float32)
         else:
             in_table = in_rows[:, None] & (cols < table_columns)[None, :]
@@ -148,9 +160,8 @@ def _linear_fwd_kernel(
         result = acc.to(out_ptr.dtype.element_ty)
         acc = result.to(tl.float32)
         if DESCRIPTORS:
-            out_tiles = tl.make_tensor_descriptor(
-                out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
-            )
+            if means_ptr is not None:
+                out_tiles = _describe_out(out_ptr, image, length, N, BLOCK_M, BLOCK_N)
             out_tiles.store([first_row, first_col], result)
         else:
             in_out = in_rows[:, None] & in_cols[None, :]
@@ -240,6 +251,7 @@ class _Plan(NamedTuple):
 
 
 _PRODUCT_ALONE = Epilogue()
+_GROUP = 8  # tiles of rows whose columns follow one another
 
 
 def _launch_linear(
@@ -309,7 +321,7 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            GROUP_M=8,
+            GROUP_M=_GROUP,
             DESCRIPTORS=config.descriptors,
         )
         partials = None
@@ -317,11 +329,15 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
             partials = (2, column_tiles, M) if statistics else (column_tiles, M)
         return _Plan(launch, shape, partials, block_n)
 
+    def tiles(config: Config) -> Tiles:
+        sizes = images, length, N, K, config.blocks
+        return product_tiles(*sizes, triangular=triangular, group=_GROUP)
+
     kernel = "linear_table" if table is not None else "linear"
     out = x.new_empty(shape) if store else None
     choices = configs.candidates(kernel, (x, weight, out, table), precision)
     key = (M, N, K, statistics, store, triangular, operands.rstd is not None)
-    config, settled = choose(kernel, key, choices, lambda c: partial(plan(c), operands), x)
+    config, settled = choose(kernel, key, choices, lambda c: partial(plan(c), operands), x, tiles)
     return plan(config), settled
 
 
@@ -445,7 +461,7 @@ def _folded_example(s: Sizes, table: bool) -> Tensor:
 
 
 _PRODUCT: dict[str, Any] = {"tile": "mnk", "products": ("mnk",), "descriptors": 2}
-_PRODUCT_AND_TABLE = _PRODUCT | {"table": "linear_table", "descriptors": 3, "blocks": 2}
+_PRODUCT_AND_TABLE = _PRODUCT | {"table": "linear_table", "descriptors": 3}
 register(
     _linear_fwd_kernel,
     flops=_flops,

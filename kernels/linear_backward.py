@@ -12,6 +12,7 @@ from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, Launch
 from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.makespan import Tiles, product_tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import choose
@@ -200,10 +201,18 @@ def _plan(operands: _Operands, bias: bool, precision: str) -> tuple[Launch, bool
             DESCRIPTORS=config.descriptors,
         )
 
+    def tiles(config: Config) -> Tiles:
+        return product_tiles(1, N, K, images * length, config.blocks)
+
     choices = configs.candidates("linear_bwd_weight", (grad, x), precision)
     key = (images * length, N, K, mean is not None)
     config, settled = choose(
-        "linear_bwd_weight", key, choices, lambda c: partial(_start, plan(c), operands, bias), x
+        "linear_bwd_weight",
+        key,
+        choices,
+        lambda c: partial(_start, plan(c), operands, bias),
+        x,
+        tiles,
     )
     return plan(config), settled
 

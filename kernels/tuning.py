@@ -8,54 +8,59 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 from visproj.files import cache_folder, read_json_object, replacing
-from visproj.kernels.device import INTERPRETING, architecture, switched_on
-from visproj.kernels.launch import Config
+from visproj.kernels.device import INTERPRETING, architecture, multiprocessors, switched_on
+from visproj.kernels.makespan import Tiles
 
 _log = logging.getLogger("visproj")
 
 _chosen: dict[str, str] = {}  # what files say
-_remembered: dict[tuple[Any, ...], Config] = {}  # what was looked up or timed in this process
+_remembered: dict[tuple[Any, ...], Any] = {}  # what was looked up or timed in this process
 _files_read: set[Path] = set()
 _lock = threading.Lock()  # held while timing as well: two threads would disturb each other
 
 
-class Choice(NamedTuple):
+C = TypeVar("C")  # a configuration, or anything else with a name of its own
+
+
+class Choice(NamedTuple, Generic[C]):
     """A configuration, and whether the next call would be given the same."""
 
-    config: Config
+    config: C
     settled: bool
 
 
 def choose(
     kernel: str,
     shape: Sequence[Any],
-    choices: Sequence[Config],
-    prepare: Callable[[Config], Callable[[], object]],
+    choices: Sequence[C],
+    prepare: Callable[[C], Callable[[], object]],
     like: Tensor,
-) -> Choice:
+    tiles: Callable[[C], Tiles] | None = None,
+) -> Choice[C]:
     """Return the best of ``choices``.
 
     The first use of a kernel at a shape (its first entry, the rows, counted in powers of two) times
     every choice and remembers the fastest, in this process and in :func:`cache_file`. While a CUDA
     graph is captured, in an initialised process group, under the interpreter and with
-    ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else the first choice.
-    ``VISPROJ_AUTOTUNE=0`` takes the first choice always, and so does a first use without the memory
-    to time anything. A choice that fails is passed over.
+    ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else :func:`untimed`.
+    ``VISPROJ_AUTOTUNE=0`` takes that always, and so does a first use without the memory to time
+    anything. A choice that fails is passed over.
 
     Args:
         kernel: Its name.
         shape: What the best choice depends on; counts of tokens in powers of two, so that not every
             new count is timed.
-        choices: The first is the default.
+        choices: In order of preference.
         prepare: Returns what runs the kernel with a configuration, safe to repeat.
         like: A tensor on the device.
+        tiles: See :func:`untimed`.
 
     Raises:
         RuntimeError: If every choice fails.
@@ -63,7 +68,7 @@ def choose(
     """
     off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
     if off or len(choices) == 1:
-        return Choice(choices[0], True)
+        return Choice(untimed(choices, tiles, like.device), True)
     rows, *rest = shape
     names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
     key = (like.device, tuple(choices), *names)
@@ -71,9 +76,32 @@ def choose(
         with _lock, torch.cuda.device_of(like):
             known = _read_or_timed(names, choices, prepare, like.device)
         if known is None:  # capturing a graph ends; a process group and the interpreter stay
-            return Choice(choices[0], INTERPRETING or _distributed())
+            first = untimed(choices, tiles, like.device)
+            return Choice(first, INTERPRETING or _distributed())
         _remembered[key] = known
     return Choice(known, True)
+
+
+def untimed(choices: Sequence[C], tiles: Callable[[C], Tiles] | None, device: torch.device) -> C:
+    """Return the choice whose tiles occupy the processors for the shortest time.
+
+    Large tiles reach more of the peak, but where they are fewer than the processors, smaller ones
+    are done sooner. Of choices that take equally long the first is returned.
+
+    Args:
+        choices: In order of preference.
+        tiles: Of a choice; without, the first is taken.
+        device: Whose processors are counted.
+    """
+    if tiles is None or len(choices) == 1:
+        return choices[0]
+    processors = multiprocessors(device)
+
+    def seconds(choice: C) -> float:
+        cut = tiles(choice)
+        return cut.seconds(processors, cut.reached() if cut.size else 1.0)
+
+    return min(choices, key=seconds)
 
 
 def cache_file() -> Path | None:
@@ -87,10 +115,10 @@ def cache_file() -> Path | None:
 
 def _read_or_timed(
     names: tuple[Any, ...],
-    choices: Sequence[Config],
-    prepare: Callable[[Config], Callable[[], object]],
+    choices: Sequence[C],
+    prepare: Callable[[C], Callable[[], object]],
     device: torch.device,
-) -> Config | None:
+) -> C | None:
     """Return what an earlier process chose, else the fastest; ``None`` where nothing is timed."""
     if INTERPRETING:
         return None
@@ -115,9 +143,7 @@ def _read_or_timed(
     return best
 
 
-def _fastest(
-    kernel: str, choices: Sequence[Config], prepare: Callable[[Config], Callable[[], object]]
-) -> Config:
+def _fastest(kernel: str, choices: Sequence[C], prepare: Callable[[C], Callable[[], object]]) -> C:
     """Time every choice. One that does not compile or start is passed over, with a warning."""
     found = {choice: _milliseconds(prepare(choice)) for choice in choices}
     times = {choice: time for choice, time in found.items() if isinstance(time, float)}

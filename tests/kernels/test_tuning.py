@@ -13,6 +13,7 @@ import triton
 from visproj import ops
 from visproj.kernels import configs, tuning
 from visproj.kernels.launch import Config
+from visproj.kernels.makespan import Tiles, product_tiles
 
 SLOW, FAST = Config((64, 64), 4, 2), Config((128, 64), 8, 2, descriptors=True)
 SECONDS = {SLOW: 2.0, FAST: 1.0}
@@ -227,6 +228,43 @@ def test_nothing_is_timed(gpu, monkeypatch, why):
         monkeypatch.setattr(tuning, "INTERPRETING", True)
     assert best(ran, choices=choices) == SLOW
     assert timed == ran == []
+
+
+@pytest.mark.parametrize(
+    ("programs", "expected"),
+    [
+        (4, SLOW),  # of SLOW 4, of FAST 2 programs of twice the work: 4 processors
+        (8, FAST),  # equally long: the first
+        (12, SLOW),
+    ],
+)
+def test_what_is_not_timed_follows_from_the_tiles(gpu, monkeypatch, programs, expected):
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 4)
+
+    def tiles(config):
+        return Tiles([config.blocks[0]] * (programs * 64 // config.blocks[0]))
+
+    assert tuning.untimed((FAST, SLOW), tiles, LIKE.device) == expected
+    monkeypatch.setenv("VISPROJ_AUTOTUNE", "0")
+    assert tuning.choose("kernel", (1,), (FAST, SLOW), failing([]), LIKE, tiles) == (expected, True)
+
+
+def test_large_tiles_are_preferred_where_there_are_many(monkeypatch):
+    """They reach more of the peak, which outweighs a last round that is half empty."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    rules = configs.shipped("linear", torch.bfloat16, 90, "ieee")
+
+    def best(rows):
+        sizes = 1, rows, 4096, 4096
+        found = tuning.untimed(rules, lambda c: product_tiles(*sizes, c.blocks), LIKE.device)
+        return found.blocks[:2]
+
+    assert [best(rows) for rows in (256, 512, 2048, 8192)] == [
+        (64, 128),
+        (128, 128),
+        (128, 256),
+        (128, 256),
+    ]
 
 
 @pytest.mark.parametrize("why", ["capturing", "distributed"])
