@@ -50,11 +50,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AMD_SHARED = 65536
 REFERENCE = {name: example for name, example in registry.load().items() if example.compiled}
 # A head wider than 128 has rows of its own in the table of configurations.
-EXAMPLES = REFERENCE | {
+_WIDE = {
     f"{name}_wide": replace(example, table=f"{example.table}_wide")
     for name, example in REFERENCE.items()
     if f"{example.table}_wide" in configs.KERNELS
 }
+_OTHERS = {
+    f"{name}_{'_'.join(map(str, sizes.values()))}": example.at(sizes)
+    for name, example in REFERENCE.items()
+    for sizes in example.others
+}
+EXAMPLES = REFERENCE | _WIDE | _OTHERS
 
 
 @dataclass(frozen=True)

@@ -66,4 +66,7 @@ def _delta_example(s: Sizes) -> Tensor:
     return cross_attention_bwd_delta(out, dout)
 
 
-register(_cross_attention_bwd_delta_kernel, {"delta": Example(_delta_example)})
+register(
+    _cross_attention_bwd_delta_kernel,
+    {"delta": Example(_delta_example, others=tuple({"width": n} for n in (16, 32, 64, 256)))},
+)

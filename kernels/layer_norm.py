@@ -1,7 +1,9 @@
-"""LayerNorm over rows, forward and backward, and a LayerNorm's gain folded into a weight."""
+"""LayerNorm over rows, forward and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from visproj.kernels.device import multiprocessors
 from visproj.kernels.launch import Config, Launch
-from visproj.kernels.layout import contiguous, unit_columns
+from visproj.kernels.layout import contiguous
 from visproj.kernels.plans import recall_launch
 from visproj.kernels.registry import Example, Sizes, register
 
@@ -57,23 +59,25 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
     gain_ptr,  # [width]
+    sums_ptr,  # [2, M]: of rows of several blocks, what _layer_norm_sums_kernel leaves
     dx_ptr,  # [M, width], may be grad_ptr
-    dgain_ptr,  # [programs, width]
-    dshift_ptr,  # [programs, width]
+    dgain_ptr,  # [runs, width]
+    dshift_ptr,  # [runs, width]
     M,
     width,
-    rows_per_program,
+    runs,
+    rows_per_run,
     BLOCK: tl.constexpr,
 ):
-    """dx of a run of rows, and that run's share of dgain and dshift. Grid: (runs of rows)."""
-    program = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
+    """dx of a run of rows, and that run's share of dgain and dshift. Grid: (blocks * runs)."""
+    run = (tl.program_id(0) % runs).to(tl.int64)
+    cols = tl.program_id(0) // runs * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     gain = _row_vector(gain_ptr, cols, width)
     dgain = tl.zeros((BLOCK,), tl.float32)
     dshift = tl.zeros((BLOCK,), tl.float32)
-    first = program * rows_per_program
-    for row in range(first, min(first + rows_per_program, M)):
+    first = run * rows_per_run
+    for row in range(first, min(first + rows_per_run, M)):
         grad = tl.load(grad_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
@@ -81,47 +85,50 @@ def _layer_norm_bwd_kernel(
         dgain += grad * x
         dshift += grad
         grad *= gain
-        dx = rstd * (grad - tl.sum(grad, 0) / width - x * (tl.sum(grad * x, 0) / width))
+        if sums_ptr is None:
+            total, along = tl.sum(grad, 0), tl.sum(grad * x, 0)
+        else:
+            total, along = tl.load(sums_ptr + row), tl.load(sums_ptr + M + row)
+        dx = rstd * (grad - total / width - x * (along / width))
         tl.store(dx_ptr + row * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(dgain_ptr + program * width + cols, dgain, mask=inside)
-    tl.store(dshift_ptr + program * width + cols, dshift, mask=inside)
+    tl.store(dgain_ptr + run * width + cols, dgain, mask=inside)
+    tl.store(dshift_ptr + run * width + cols, dshift, mask=inside)
 
 
 @triton.jit
-def _fold_gain_kernel(
-    weight_ptr,  # [N, K]
-    gain_ptr,  # [K]
-    shift_ptr,  # [K]
-    bias_ptr,  # [N]
-    folded_ptr,  # [N, K]
-    sum_ptr,  # [N]
-    constant_ptr,  # [N]
-    K,
-    stride_weight_row,
+def _layer_norm_sums_kernel(
+    grad_ptr,  # [M, width]
+    x_ptr,  # [M, width]
+    mean_ptr,  # [M]
+    rstd_ptr,  # [M]
+    gain_ptr,  # [width]
+    sums_ptr,  # [2, M]
+    M,
+    width,
     BLOCK: tl.constexpr,
 ):
-    """One row of weight * gain, its sum as rounded, and weight @ shift + bias. Grid: (N)."""
+    """Of one row, the sums of grad * gain and of grad * gain * x normalised. Grid: (M)."""
     row = tl.program_id(0).to(tl.int64)
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    constant = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, K, BLOCK):
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    along = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
         cols = first + tl.arange(0, BLOCK)
-        weight = _row_vector(weight_ptr + row * stride_weight_row, cols, K)
-        folded = (weight * _row_vector(gain_ptr, cols, K)).to(folded_ptr.dtype.element_ty)
-        tl.store(folded_ptr + row * K + cols, folded, mask=cols < K)
-        row_sum += folded.to(tl.float32)
-        if shift_ptr is not None:
-            constant += weight * _row_vector(shift_ptr, cols, K)
-    total = tl.sum(constant, 0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + row).to(tl.float32)
-    tl.store(sum_ptr + row, tl.sum(row_sum, 0))
-    tl.store(constant_ptr + row, total)
+        grad = _row_vector(grad_ptr + row * width, cols, width)
+        grad *= _row_vector(gain_ptr, cols, width)
+        total += grad  # zero beyond the width
+        along += grad * (_row_vector(x_ptr + row * width, cols, width) - mean) * rstd
+    tl.store(sums_ptr + row, tl.sum(total, 0))
+    tl.store(sums_ptr + M + row, tl.sum(along, 0))
 
 
-def _row_config(width: int) -> Config:
+_WIDEST = 8192  # row of which the backward holds all that it needs in registers
+_BLOCK = 4096  # columns at a time of wider ones
+
+
+def _row_config(width: int, columns_per_warp: int) -> Config:
     block = max(128, triton.next_power_of_2(width))
-    return Config((block,), warps=max(1, min(16, block // 512)), stages=1)
+    return Config((block,), warps=max(1, min(16, block // columns_per_warp)), stages=1)
 
 
 def layer_norm_fwd(
@@ -149,7 +156,7 @@ def layer_norm_fwd(
     gain, shift = contiguous(gain, shift)
 
     def make() -> Launch:
-        config = _row_config(width)
+        config = _row_config(width, 512)
         return Launch(
             _layer_norm_fwd_kernel,
             x.numel() // width,
@@ -177,6 +184,8 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm in one pass over ``grad`` and ``x``, both contiguous ``[M, width]``.
 
+    Rows wider than 8192 are passed over twice, in blocks of columns.
+
     Returns:
         ``dx`` (``grad`` itself with ``in_place``), and fp32 ``dgain`` and ``dshift``, each
         ``[width]``: sums over a fixed number of runs of rows, merged in a fixed order.
@@ -185,22 +194,28 @@ def layer_norm_bwd(
     dx = grad if in_place else torch.empty_like(x)
     mean, rstd, gain = contiguous(mean, rstd, gain)
 
+    sums = _sums(grad, x, mean, rstd, gain) if width > _WIDEST else None
+
     def make() -> Launch:
-        per_program = triton.cdiv(rows, min(rows, 2 * multiprocessors(x.device)))
-        config = _row_config(width)
+        config = _row_config(width if sums is None else _BLOCK, 256)
+        blocks = triton.cdiv(width, config.blocks[0])
+        wanted = triton.cdiv(2 * multiprocessors(x.device), blocks)
+        per_run = triton.cdiv(rows, min(rows, wanted))
+        runs = triton.cdiv(rows, per_run)
         return Launch(
             _layer_norm_bwd_kernel,
-            triton.cdiv(rows, per_program),
+            runs * blocks,
             config,
             x.device,
             M=rows,
             width=width,
-            rows_per_program=per_program,
+            runs=runs,
+            rows_per_run=per_run,
             BLOCK=config.blocks[0],
         )
 
     launch = recall_launch("layer_norm_bwd", (grad, x, mean, rstd, gain, dx), make)
-    partials = x.new_empty(2, launch.programs, width, dtype=torch.float32)
+    partials = x.new_empty(2, launch.rest["runs"], width, dtype=torch.float32)
     dgain, dshift = partials.unbind()
     launch(
         grad_ptr=grad,
@@ -208,6 +223,7 @@ def layer_norm_bwd(
         mean_ptr=mean,
         rstd_ptr=rstd,
         gain_ptr=gain,
+        sums_ptr=sums,
         dx_ptr=dx,
         dgain_ptr=dgain,
         dshift_ptr=dshift,
@@ -215,46 +231,19 @@ def layer_norm_bwd(
     return dx, dgain.sum(0), dshift.sum(0)
 
 
-def fold_gain(
-    weight: Tensor, gain: Tensor, shift: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``W diag(gain)``, its row sums and ``W shift + bias``.
-
-    With them ``LN(y) Wᵀ + bias = rstd * (y W diag(gain)ᵀ - mean * sum) + constant``. The sums are
-    those of the rounded product, so that a large mean cancels exactly.
-
-    Returns:
-        ``[N, K]`` in the dtype of ``weight``; fp32 ``[N]`` twice.
-    """
-    N, K = weight.shape
-    (weight,) = unit_columns(weight)
-    gain, shift, bias = contiguous(gain, shift, bias)
-    folded = weight.new_empty(N, K)
-    row_sum, constant = (weight.new_empty(N, dtype=torch.float32) for _ in range(2))
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:
+    """Of every row, the sums of ``grad * gain`` and of that times the normalised row."""
+    rows, width = x.shape
+    sums = x.new_empty(2, rows, dtype=torch.float32)
 
     def make() -> Launch:
-        config = Config((min(1024, max(128, triton.next_power_of_2(K))),), warps=4, stages=1)
-        return Launch(
-            _fold_gain_kernel,
-            N,
-            config,
-            weight.device,
-            K=K,
-            stride_weight_row=weight.stride(0),
-            BLOCK=config.blocks[0],
-        )
+        config = _row_config(_BLOCK, 256)
+        sizes = {"M": rows, "width": width, "BLOCK": config.blocks[0]}
+        return Launch(_layer_norm_sums_kernel, rows, config, x.device, **sizes)
 
-    launch = recall_launch("fold_gain", (weight, gain, shift, bias), make)
-    launch(
-        weight_ptr=weight,
-        gain_ptr=gain,
-        shift_ptr=shift,
-        bias_ptr=bias,
-        folded_ptr=folded,
-        sum_ptr=row_sum,
-        constant_ptr=constant,
-    )
-    return folded, row_sum, constant
+    launch = recall_launch("layer_norm_sums", (grad, x, mean, rstd, gain), make)
+    launch(grad_ptr=grad, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, gain_ptr=gain, sums_ptr=sums)
+    return sums
 
 
 def _forward_example(s: Sizes, whole: bool) -> object:
@@ -264,29 +253,26 @@ def _forward_example(s: Sizes, whole: bool) -> object:
     return layer_norm_fwd(x, gain, shift, 1e-12, **options)
 
 
-def _backward_example(s: Sizes) -> object:
+def _backward_example(s: Sizes, call: Callable[..., object]) -> object:
     grad, x = (s.tensor(s.images * s.length, s.outputs) for _ in range(2))
     mean = s.statistics(s.images * s.length)
-    return layer_norm_bwd(grad, x, mean, mean, s.tensor(s.outputs))
+    return call(grad, x, mean, mean, s.tensor(s.outputs))
 
 
-def _fold_example(s: Sizes, whole: bool) -> object:
-    weight, gain = s.tensor(s.outputs, s.inputs), s.tensor(s.inputs)
-    return fold_gain(weight, gain, *((gain, s.tensor(s.outputs)) if whole else (None, None)))
-
+# Rows of each power of two are compiled in a way of their own.
+_OTHERS = tuple({"outputs": n} for n in (256, 512, 1024, 2048, 5120, 8192, 12288, 16384))
 
 register(
     _layer_norm_fwd_kernel,
     {
-        "layer_norm_fwd": Example(lambda s: _forward_example(s, whole=True)),
-        "layer_norm_fwd_plain": Example(lambda s: _forward_example(s, False), compiled=False),
+        "layer_norm_fwd": Example(partial(_forward_example, whole=True), others=_OTHERS),
+        "layer_norm_fwd_plain": Example(partial(_forward_example, whole=False), compiled=False),
     },
 )
-register(_layer_norm_bwd_kernel, {"layer_norm_bwd": Example(_backward_example)})
 register(
-    _fold_gain_kernel,
-    {
-        "fold_gain": Example(lambda s: _fold_example(s, whole=True)),
-        "fold_gain_plain": Example(lambda s: _fold_example(s, whole=False), compiled=False),
-    },
+    _layer_norm_bwd_kernel,
+    {"layer_norm_bwd": Example(partial(_backward_example, call=layer_norm_bwd), others=_OTHERS)},
+)
+register(
+    _layer_norm_sums_kernel, {"layer_norm_sums": Example(partial(_backward_example, call=_sums))}
 )

@@ -1,4 +1,4 @@
-"""A matrix product whose epilogue normalises rows, adds a table and takes row statistics."""
+"""A matrix product whose epilogue scales rows and adds a table, or keeps only their squares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from visproj.kernels.layout import contiguous, unit_columns
 from visproj.kernels.makespan import Tiles, product_tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.row_statistics import merge_statistics
 from visproj.kernels.tuning import choose
 
 
@@ -38,25 +37,15 @@ def _column_vector(ptr, cols, N):
 
 
 @triton.jit
-def _describe_out(out_ptr, image, length, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.make_tensor_descriptor(
-        out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
-    )
-
-
-@triton.jit
 def _linear_fwd_kernel(
     x_ptr,  # [images, length, K]
     weight_ptr,  # [N, K]
     out_ptr,  # [images * length, N]
     bias_ptr,  # [N]
-    mean_ptr,  # [images * length]
-    rstd_ptr,  # [images * length], or [parts, M]: of a row, sums of squares that it follows from
-    weight_sum_ptr,  # [N]
+    scale_ptr,  # [parts, M]: sums of squares of which a row's scale follows
     shift_ptr,  # [N]
     table_ptr,  # [length, table_columns]
-    means_ptr,  # [tiles_n, M]: of each tile's part of a row
-    squares_ptr,  # [tiles_n, M]: sums of squared deviations from it, without means_ptr from zero
+    squares_ptr,  # [tiles_n, M]: sums of squares of each tile's part of a row
     parts,
     eps,
     M,
@@ -78,9 +67,7 @@ def _linear_fwd_kernel(
     GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """rstd * (x @ weight.T + bias - mean * weight_sum) + shift + table, one tile of it.
-
-    With parts, rstd = 1 / sqrt(sum of squares + eps).
+    """rstd * (x @ weight.T + bias) + shift + table with rstd = 1 / sqrt(sum of squares + eps).
 
     Grid: (row tiles of every image * column tiles). A tile never crosses an image.
     """
@@ -106,13 +93,15 @@ def _linear_fwd_kernel(
         weight_tiles = tl.make_tensor_descriptor(
             weight_ptr, [N, K], [stride_weight_row, 1], [BLOCK_N, BLOCK_K]
         )
-        # Made before the loop: each waits for all threads. Beside statistics a second one spills.
+        # Made before the loop: each waits for all threads.
         if table_ptr is not None:
             table_tiles = tl.make_tensor_descriptor(
                 table_ptr, [length, table_columns], [stride_table_row, 1], [BLOCK_M, BLOCK_N]
             )
-        if out_ptr is not None and means_ptr is None:
-            out_tiles = _describe_out(out_ptr, image, length, N, BLOCK_M, BLOCK_N)
+        if out_ptr is not None:
+            out_tiles = tl.make_tensor_descriptor(
+                out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
+            )
         for k in range(first_k, K, BLOCK_K):
             x = x_tiles.load([first_row, k])
             weight = weight_tiles.load([first_col, k])
@@ -132,20 +121,13 @@ def _linear_fwd_kernel(
 
     if bias_ptr is not None:
         acc += _column_vector(bias_ptr, cols, N)
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + flat_rows, mask=in_rows, other=0.0)
-        acc -= mean[:, None] * _column_vector(weight_sum_ptr, cols, N)
-    if rstd_ptr is not None:
-        if parts is None:
-            rstd = tl.load(rstd_ptr + flat_rows, mask=in_rows, other=0.0)
-        else:
-            square = tl.zeros((BLOCK_M,), tl.float32)
-            square_ptrs = rstd_ptr + flat_rows
-            for _ in range(parts):
-                square += tl.load(square_ptrs, mask=in_rows, other=0.0)
-                square_ptrs += M
-            rstd = 1.0 / tl.sqrt(square + eps)
-        acc *= rstd[:, None]
+    if scale_ptr is not None:
+        square = tl.zeros((BLOCK_M,), tl.float32)
+        square_ptrs = scale_ptr + flat_rows
+        for _ in range(parts):
+            square += tl.load(square_ptrs, mask=in_rows, other=0.0)
+            square_ptrs += M
+        acc *= (1.0 / tl.sqrt(square + eps))[:, None]
     if shift_ptr is not None:
         acc += _column_vector(shift_ptr, cols, N)
     if table_ptr is not None:
@@ -158,38 +140,27 @@ def _linear_fwd_kernel(
 
     if out_ptr is not None:
         result = acc.to(out_ptr.dtype.element_ty)
-        acc = result.to(tl.float32)
         if DESCRIPTORS:
-            if means_ptr is not None:
-                out_tiles = _describe_out(out_ptr, image, length, N, BLOCK_M, BLOCK_N)
             out_tiles.store([first_row, first_col], result)
         else:
             in_out = in_rows[:, None] & in_cols[None, :]
             tl.store(out_ptr + flat_rows[:, None] * N + cols[None, :], result, mask=in_out)
     if squares_ptr is not None:
-        # Of what was stored, so that these are the statistics of the tensor others read.
         acc = tl.where(in_cols[None, :], acc, 0.0)
         cells = tile_n.to(tl.int64) * M + flat_rows
-        if means_ptr is not None:
-            tile_mean = tl.sum(acc, 1) / min(N - first_col, BLOCK_N)
-            acc = tl.where(in_cols[None, :], acc - tile_mean[:, None], 0.0)
-            tl.store(means_ptr + cells, tile_mean, mask=in_rows)
         tl.store(squares_ptr + cells, tl.sum(acc * acc, 1), mask=in_rows)
 
 
 class Epilogue(NamedTuple):
-    """What follows a product: ``rstd (product + bias - mean * weight_sum) + shift + table``.
+    """What follows a product: ``rstd (product + bias) + shift + table``.
 
-    ``squares`` and ``eps`` stand for an ``rstd`` of ``1 / sqrt(sum of squares + eps)``.
+    With squares, ``rstd = 1 / sqrt(their sum over the parts + eps)``, else 1.
     """
 
     bias: Tensor | None = None  # [N]
-    mean: Tensor | None = None  # fp32 [B, L], together with weight_sum
-    rstd: Tensor | None = None  # fp32 [B, L]
-    weight_sum: Tensor | None = None  # fp32 [N]
+    squares: Tensor | None = None  # fp32 [parts, B * L]
     shift: Tensor | None = None  # [N]
     table: Tensor | None = None  # [L, columns], added to the first columns of every image
-    squares: Tensor | None = None  # fp32 [parts, B * L]
     eps: float = 0.0
 
 
@@ -199,9 +170,7 @@ class _Operands(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None = None
-    mean: Tensor | None = None
-    rstd: Tensor | None = None  # or squares
-    weight_sum: Tensor | None = None
+    squares: Tensor | None = None
     shift: Tensor | None = None
     table: Tensor | None = None
 
@@ -210,10 +179,9 @@ class _Product(NamedTuple):
     """What is done with the operands."""
 
     precision: str
-    parts: int | None = None  # of the squares, where they stand for rstd
+    parts: int | None = None  # of the squares
     eps: float = 0.0  # added to their sum
     store: bool = True
-    statistics: bool = False
     triangular: bool = False
 
 
@@ -221,76 +189,48 @@ class _Plan(NamedTuple):
     """A product whose configuration is settled."""
 
     launch: Launch
-    out: tuple[int, ...] | None  # its shape
-    partials: tuple[int, ...] | None  # their shape
-    tile: int
+    out: tuple[int, ...]  # the shape of the result, or of the squares where it is not stored
+    store: bool
 
-    def __call__(self, operands: _Operands) -> tuple[Any, Any]:
-        """Allocate and launch: the result, and what is known of every row's part in a tile."""
+    def __call__(self, operands: _Operands) -> Tensor:
+        """Allocate and launch."""
         x = operands.x
-        out = None if self.out is None else x.new_empty(self.out)
-        partials = means = squares = None
-        if self.partials is not None:
-            partials = squares = x.new_empty(self.partials, dtype=torch.float32)
-            if len(self.partials) == 3:
-                means, squares = partials.unbind()
+        out = x.new_empty(self.out, dtype=x.dtype if self.store else torch.float32)
         self.launch(
             x_ptr=x,
             weight_ptr=operands.weight,
-            out_ptr=out,
+            out_ptr=out if self.store else None,
             bias_ptr=operands.bias,
-            mean_ptr=operands.mean,
-            rstd_ptr=operands.rstd,
-            weight_sum_ptr=operands.weight_sum,
+            scale_ptr=operands.squares,
             shift_ptr=operands.shift,
             table_ptr=operands.table,
-            means_ptr=means,
-            squares_ptr=squares,
+            squares_ptr=None if self.store else out,
         )
-        return out, partials
+        return out
 
 
 _PRODUCT_ALONE = Epilogue()
 _GROUP = 8  # tiles of rows whose columns follow one another
 
 
-def _launch_linear(
-    x: Tensor,
-    weight: Tensor,
-    epilogue: Epilogue,
-    **options: bool,
-) -> tuple[Any, Any, int]:
-    """Launch the product of ``x`` ``[B, L, K]`` and ``weight`` ``[N, K]`` with its epilogue.
-
-    Args:
-        x: ``[B, L, K]``.
-        weight: ``[N, K]``.
-        epilogue: What follows the product.
-        **options: Of :class:`_Product`.
-
-    Returns:
-        ``[B, L, N]``, ``None`` without ``store``. Of every row's part in a tile, fp32: mean and M2
-        ``[2, tiles, B * L]`` with ``statistics``, sums of squares ``[tiles, B * L]`` without
-        ``store``, else ``None``. The width of such a tile.
-    """
-    bias, mean, rstd, weight_sum, shift, table, squares, eps = epilogue
-    rows = rstd if squares is None else squares
+def _launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, **options: bool) -> Tensor:
+    """Launch the product with its epilogue; ``options`` are those of :class:`_Product`."""
+    bias, squares, shift, table, eps = epilogue
     x, weight, table = unit_columns(x, weight, table)
-    vectors = contiguous(bias, mean, rows, weight_sum, shift)
-    operands = _Operands(x, weight, *vectors, table)
+    operands = _Operands(x, weight, *contiguous(bias, squares, shift), table)
     parts = None if squares is None else squares.shape[0]
     product = _Product(dot_precision(x.dtype), parts, eps, **options)
     plan = recall(key_of("linear", operands, *product), lambda: _plan(operands, product))
-    return *plan(operands), plan.tile
+    return plan(operands)
 
 
 def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
     """Choose a configuration; returns whether it is settled as well."""
     x, weight, table = operands.x, operands.weight, operands.table
-    precision, parts, eps, store, statistics, triangular = product
+    precision, parts, eps, store, triangular = product
     images, length, K = x.shape
     N = weight.shape[0]
-    shape = (images, length, N) if store else None
+    shape = images, length, N
     if table is None and (images == 1 or x.stride(0) == length * x.stride(1)):
         images, length = 1, images * length  # no tile has a boundary to respect
     M = images * length
@@ -324,10 +264,7 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
             GROUP_M=_GROUP,
             DESCRIPTORS=config.descriptors,
         )
-        partials = None
-        if statistics or not store:
-            partials = (2, column_tiles, M) if statistics else (column_tiles, M)
-        return _Plan(launch, shape, partials, block_n)
+        return _Plan(launch, shape if store else (column_tiles, M), store)
 
     def tiles(config: Config) -> Tiles:
         sizes = images, length, N, K, config.blocks
@@ -336,7 +273,7 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
     kernel = "linear_table" if table is not None else "linear"
     out = x.new_empty(shape) if store else None
     choices = configs.candidates(kernel, (x, weight, out, table), precision)
-    key = (M, N, K, statistics, store, triangular, operands.rstd is not None)
+    key = (M, N, K, store, triangular, parts is not None)
     config, settled = choose(kernel, key, choices, lambda c: partial(plan(c), operands), x, tiles)
     return plan(config), settled
 
@@ -352,29 +289,7 @@ def linear_fwd(x: Tensor, weight: Tensor, epilogue: Epilogue = _PRODUCT_ALONE) -
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
     """
-    out, _, _ = _launch_linear(x, weight, epilogue)
-    return out
-
-
-def linear_statistics_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = x Wᵀ + b`` with the mean and ``1 / sqrt(var + eps)`` of each of its rows.
-
-    Args:
-        x: ``[B, L, K]``.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or ``None``.
-        eps: Added to the variance.
-
-    Returns:
-        ``[B, L, N]`` in the dtype of ``x``; fp32 ``[B, L]`` twice.
-    """
-    y, partials, tile = _launch_linear(x, weight, Epilogue(bias=bias), statistics=True)
-    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    merge_statistics(partials, mean, rstd, weight.shape[0], tile, eps)
-    return y, mean, rstd
+    return _launch_linear(x, weight, epilogue)
 
 
 def row_squares_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -388,8 +303,7 @@ def row_squares_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         fp32 ``[parts, B * L]``, to be summed over the parts.
     """
-    _, partials, _ = _launch_linear(x, weight, Epilogue(bias=bias), store=False, triangular=True)
-    return partials
+    return _launch_linear(x, weight, Epilogue(bias=bias), store=False, triangular=True)
 
 
 def folded_linear_fwd(
@@ -425,16 +339,14 @@ def folded_linear_fwd(
 
     def make() -> tuple[tuple[_Plan, _Plan], bool]:
         squares_plan, settled = _plan(norm, _Product(precision, store=False, triangular=True))
-        assert squares_plan.partials
-        squares = x.new_empty(squares_plan.partials, dtype=torch.float32)
+        squares = x.new_empty(squares_plan.out, dtype=torch.float32)
         product = _Product(precision, len(squares), eps)
-        plan, also = _plan(scaled._replace(rstd=squares), product)
+        plan, also = _plan(scaled._replace(squares=squares), product)
         return (squares_plan, plan), settled and also
 
     operands = x, weight, bias, stats_weight, stats_bias, shift, table
     squares_plan, plan = recall(key_of("folded_linear", operands, eps, precision), make)
-    _, squares = squares_plan(norm)
-    return plan(scaled._replace(rstd=squares))[0]
+    return plan(scaled._replace(squares=squares_plan(norm)))
 
 
 def _flops(arguments: Mapping[str, Any]) -> int:
@@ -447,9 +359,8 @@ def _flops(arguments: Mapping[str, Any]) -> int:
 
 
 def _table_example(s: Sizes) -> Tensor:
-    mean, sums = s.statistics(s.images, s.length), s.statistics(s.outputs)
     table = s.tensor(s.length, (s.outputs + 1) // 2)
-    epilogue = Epilogue(mean=mean, rstd=mean, weight_sum=sums, shift=sums, table=table)
+    epilogue = Epilogue(shift=s.tensor(s.outputs), table=table)
     return linear_fwd(s.features(), s.tensor(s.outputs, s.inputs), epilogue)
 
 
@@ -467,11 +378,8 @@ register(
     flops=_flops,
     examples={
         "linear": Example(
-            lambda s: _launch_linear(
-                s.features(),
-                s.tensor(s.outputs, s.inputs),
-                Epilogue(bias=s.tensor(s.outputs)),
-                statistics=True,
+            lambda s: linear_fwd(
+                s.features(), s.tensor(s.outputs, s.inputs), Epilogue(bias=s.tensor(s.outputs))
             ),
             "linear",
             **_PRODUCT,

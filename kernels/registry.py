@@ -8,7 +8,7 @@ from here, so a kernel that is registered is in all four.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -74,6 +74,7 @@ class Example:
         blocks: Blocks per SM that its first choice with descriptors leaves room for on sm_90.
         wide_loads: Whether a kernel that takes no configuration must load 128 bits at a time.
         compiled: Whether its shipped configurations are read; else only its edges are compiled.
+        others: Sizes by name at which a kernel that takes no configuration compiles differently.
     """
 
     call: Callable[[Sizes], object]
@@ -84,6 +85,11 @@ class Example:
     blocks: int = 1
     wide_loads: bool = True
     compiled: bool = True
+    others: tuple[Mapping[str, int], ...] = ()
+
+    def at(self, sizes: Mapping[str, int]) -> Example:
+        """Return the example with some of its sizes replaced."""
+        return replace(self, call=lambda s: self.call(replace(s, **sizes)), others=())
 
 
 FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {}

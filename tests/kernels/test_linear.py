@@ -17,16 +17,19 @@ linear = pytest.importorskip("visproj.kernels.linear", reason="kernels need trit
 pytestmark = pytest.mark.usefixtures("unwritten")
 
 
+EPS = 0.25
+
+
 def formula(x, weight, **terms):
     """What the kernel computes; the product in the dtype of ``x``, everything else wider."""
     out = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    bias, mean, weight_sum, rstd, shift, table = (
+    bias, squares, shift, table = (
         None if terms.get(name) is None else terms[name].to(out.dtype)
-        for name in ("bias", "mean", "weight_sum", "rstd", "shift", "table")
+        for name in ("bias", "squares", "shift", "table")
     )
     out = out if bias is None else out + bias
-    out = out if mean is None else out - mean[..., None] * weight_sum
-    out = out if rstd is None else out * rstd[..., None]
+    if squares is not None:
+        out = out * (squares.sum(0) + EPS).rsqrt().view(*out.shape[:2], 1)
     out = out if shift is None else out + shift
     if table is not None:
         out = out + torch.nn.functional.pad(table, (0, out.shape[-1] - table.shape[-1]))
@@ -34,7 +37,7 @@ def formula(x, weight, **terms):
 
 
 def check(x, weight, **terms):
-    got = linear.linear_fwd(x, weight, linear.Epilogue(**terms))
+    got = linear.linear_fwd(x, weight, linear.Epilogue(**terms, eps=EPS))
     exact = {name: None if t is None else t.double() for name, t in terms.items()}
     wanted = formula(x, weight, **terms)
     check_errors([got], [wanted], lambda: [formula(x.double(), weight.double(), **exact)])
@@ -106,14 +109,11 @@ def test_depths(K, dtype, tiles, device):
 TERMS = {
     "nothing": "",
     "bias": "bias",
-    "row scale": "rstd",
+    "row scale": "squares",
     "shift": "shift",
     "table": "table",
-    "LayerNorm after": "mean weight_sum rstd shift",
-    "LayerNorm after, table": "mean weight_sum rstd shift table",
-    "folded": "rstd bias shift",
-    "folded, table": "rstd bias shift table",
-    "everything": "bias mean weight_sum rstd shift table",
+    "folded": "squares bias shift",
+    "everything": "bias squares shift table",
 }
 
 
@@ -123,9 +123,7 @@ def terms(names, images, length, N, columns, dtype, device):
 
     every = {
         "bias": make(N),
-        "mean": make(images, length, dtype=torch.float32),
-        "rstd": make(images, length, dtype=torch.float32).exp(),
-        "weight_sum": make(N, dtype=torch.float32),
+        "squares": make(3, images * length, dtype=torch.float32).square(),
         "shift": make(N, dtype=torch.float32),
         "table": make(length, columns),
     }
@@ -189,12 +187,11 @@ def test_layouts_without_images(layout, style, tiles, device):
     check(LAYOUTS[layout](x), weight)
 
 
-@pytest.mark.parametrize("vector", ["bias", "shift", "mean", "rstd", "weight_sum"])
+@pytest.mark.parametrize("vector", ["bias", "shift", "squares"])
 @pytest.mark.parametrize("layout", ["strided", "offset"])
 def test_layouts_of_vectors(vector, layout, tiles, device):
     tiles()
-    names = "bias mean weight_sum rstd shift"
-    given = terms(names, 2, 9, 48, 0, torch.float32, device)
+    given = terms("bias squares shift", 2, 9, 48, 0, torch.float32, device)
     given[vector] = LAYOUTS[layout](given[vector])
     check(*operands(2, 9, 40, 48, torch.float32, device), **given)
 
@@ -214,45 +211,6 @@ def test_strides_of_single_entries(case, tiles, device):
     shape, strides = SINGLE[case]
     x = random(256, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
     check(x, random(32, 16, dtype=torch.bfloat16, device=device))
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(
-    ("M", "N", "dtype"),
-    cases(
-        [(1, 1, "fp32"), (37, 33, "fp32"), (33, 31, "bf16"), (5, 97, "bf16"), (17, 1000, "bf16")],
-        [(257, 1000, "fp32"), (199, 1664, "bf16"), (37, 4096, "bf16"), (37, 3000, "fp16")],
-    ),
-)
-def test_statistics(M, N, dtype, style, tiles, device):
-    """Of what was stored, so that a LayerNorm built on them is that of the stored tensor."""
-    tiles(style)
-    x, weight = operands(2, M, 40, N, DTYPES[dtype], device)
-    bias = random(N, dtype=DTYPES[dtype], device=device)
-    y, mean, rstd = linear.linear_statistics_fwd(x, weight, bias, 1e-5)
-    check_statistics(y, mean, rstd, 1e-5)
-
-
-def check_statistics(y, mean, rstd, eps):
-    variance, wanted = torch.var_mean(y.double(), -1, correction=0)
-    # fp32 sums of numbers of the size of y, and a relative error of their squares.
-    tolerance = 2e-6 * y.double().abs().max().item()
-    torch.testing.assert_close(mean.double(), wanted, rtol=0, atol=tolerance)
-    torch.testing.assert_close(rstd.double(), (variance + eps).rsqrt(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("N", [1, 40, 97, 1000])
-def test_statistics_far_from_zero(N, style, tiles, device):
-    """Rows of mean 1e3 and deviation 1e-2: sums of squares would leave nothing of the variance."""
-    tiles(style)
-    x, weight = operands(1, 37, 40, N, torch.float32, device)
-    bias = 1000 + random(N, dtype=torch.float32, device=device, scale=1e-2)
-    y, mean, rstd = linear.linear_statistics_fwd(x * 1e-3, weight, bias, 1e-12)
-    variance, wanted = torch.var_mean(y.double(), -1, correction=0)
-    # One fp32 ulp of 1000 is 6e-5; what the mean is off by, squared, is nothing beside 1e-4.
-    torch.testing.assert_close(mean.double(), wanted, rtol=0, atol=2e-4)
-    torch.testing.assert_close(rstd.double(), (variance + 1e-12).rsqrt(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -287,11 +245,7 @@ def test_row_scale_from_squares(dtype, parts, columns, style, tiles, device):
     given = {name: random(N, dtype=dtype, device=device) for name in ("bias", "shift")}
     if columns:
         given["table"] = random(length, columns, dtype=dtype, device=device)
-    out = linear.linear_fwd(x, weight, linear.Epilogue(**given, squares=squares, eps=0.25))
-    rstd = (squares.double().sum(0) + 0.25).rsqrt().view(images, length)
-    exact = {name: t.double() for name, t in given.items()} | {"rstd": rstd}
-    wanted = formula(x, weight, **given, rstd=rstd)
-    check_errors([out], [wanted], lambda: [formula(x.double(), weight.double(), **exact)])
+    check(x, weight, **given, squares=squares)
     assert ran == {style}
 
 
@@ -331,8 +285,10 @@ def test_not_finite_stays_in_its_row(value, style, dtype, tiles, device):
 def test_repeats_are_bit_equal(style, tiles, device):
     tiles(style)
     x, weight = operands(2, 37, 104, 72, torch.bfloat16, device)
-    first, second = (linear.linear_statistics_fwd(x, weight, None, 1e-5) for _ in range(2))
-    assert all(map(torch.equal, first, second))
+    squares = [linear.row_squares_fwd(x, weight.triu(), None) for _ in range(2)]
+    outs = [linear.linear_fwd(x, weight, linear.Epilogue(squares=s, eps=EPS)) for s in squares]
+    assert torch.equal(*squares)
+    assert torch.equal(*outs)
 
 
 def test_outlier_channels(tiles, device):

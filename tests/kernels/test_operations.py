@@ -95,8 +95,7 @@ def test_leading_dimensions(rows, tiles, device):
     check_norm(linear_norm(rows, 40, 72, torch.bfloat16, device))
 
 
-# (B, L, C, D, N, positioned): more rows than outputs first, where the weight is rewritten; then
-# more outputs than rows, where the rows are.
+# (B, L, C, D, N, positioned): more rows than outputs first, then more outputs than rows.
 CHAIN_SHAPES = [
     *((2, L, 40, 40, 33, 0, "pointers", "fp32") for L in (17, 31, 32, 33, 97)),
     *((1, 41, 40, D, 40, 16, "pointers", "bf16") for D in (1, 31, 33, 97, 199)),
@@ -126,10 +125,6 @@ def test_linear_norm_linear(B, L, C, D, N, positioned, style, dtype, tiles, devi
     dtype = DTYPES[dtype]
     tensors = linear_norm_linear(B, L, C, D, N, dtype, device, positions=positioned > 0)
     check_chain(tensors, positioned)
-
-
-# Both ways to go about it: with 24 outputs the weight is rewritten beside 26 rows, 18 rows are.
-LENGTHS = pytest.mark.parametrize("L", [13, 9], ids=["many rows", "few rows"])
 
 
 @pytest.mark.parametrize("absent", ["bias", "shift", "out_bias", "positions", "all of them"])
@@ -210,43 +205,33 @@ def test_far_from_zero(bias, D, tiles, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@LENGTHS
-def test_far_from_zero_between_two_linears(L, dtype, tiles, device):
-    """The same with a shared direction in the weight as well, through both ways of normalising.
-
-    No large mean may have to cancel behind the second product. Where the weights are scaled nothing
-    is lost: the error is that of rounding weight, y and scaled weight once each.
-    """
+def test_far_from_zero_between_two_linears(dtype, tiles, device):
+    """The same with a shared direction in the weight as well: as far off as PyTorch."""
     tiles()
-    tensors = linear_norm_linear(2, L, 24, 40, 24, torch.float32, device, positions=False)
+    tensors = linear_norm_linear(2, 13, 24, 40, 24, torch.float32, device, positions=False)
     tensors[1] = 1e-2 * tensors[1] + 100 * torch.randn(24, device=device)
     tensors = [None if t is None else t.to(DTYPES[dtype]) for t in tensors]
     truth = chain([None if t is None else t.double() for t in tensors], 0, backend="torch")
     torch_error = rms_error(chain(tensors, 0, backend="torch"), truth)
-    error = rms_error(chain(tensors, 0), truth)
-    assert error <= 2 * torch_error
-    if 2 * L > 24:
-        assert error < 4 * torch.finfo(DTYPES[dtype]).eps
+    assert rms_error(chain(tensors, 0), truth) <= 2 * torch_error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("check", [check_norm, check_chain], ids=["norm", "chain"])
-@LENGTHS
-def test_outlier_channels(L, check, dtype, tiles, device):
+def test_outlier_channels(check, dtype, tiles, device):
     """Vision features have channels 40 times the rest."""
     tiles()
-    tensors = linear_norm_linear(2, L, 104, 40, 24, DTYPES[dtype], device)
+    tensors = linear_norm_linear(2, 13, 104, 40, 24, DTYPES[dtype], device)
     tensors[0][..., ::26] *= 40
     check(tensors if check is check_chain else tensors[:5])
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.filterwarnings("ignore:invalid value")
-@LENGTHS
-def test_not_finite_stays_in_its_row(L, style, tiles, device):
+def test_not_finite_stays_in_its_row(style, tiles, device):
     tiles(style)
-    tensors = linear_norm_linear(2, L, 24, 40, 24, torch.bfloat16, device)
-    upstream = random(2, L, 24, dtype=torch.bfloat16, device=device)
+    tensors = linear_norm_linear(2, 13, 24, 40, 24, torch.bfloat16, device)
+    upstream = random(2, 13, 24, dtype=torch.bfloat16, device=device)
 
     def op(x):
         return chain([x, *tensors[1:]], 16)
@@ -260,11 +245,10 @@ def test_not_finite_stays_in_its_row(L, style, tiles, device):
 
 
 @pytest.mark.parametrize("check", [check_norm, check_chain], ids=["norm", "chain"])
-@LENGTHS
-def test_repeats_are_bit_equal(L, check, tiles, device):
+def test_repeats_are_bit_equal(check, tiles, device):
     tiles("descriptors")
-    tensors = linear_norm_linear(2, L, 24, 40, 24, torch.bfloat16, device)
+    tensors = linear_norm_linear(2, 13, 24, 40, 24, torch.bfloat16, device)
     tensors = tensors if check is check_chain else tensors[:5]
-    upstream = random(2, L, len(tensors[-2]), dtype=torch.bfloat16, device=device)
+    upstream = random(2, 13, len(tensors[-2]), dtype=torch.bfloat16, device=device)
     first, second = (check(tensors, upstream=upstream) for _ in range(2))
     assert all(map(torch.equal, first, second))

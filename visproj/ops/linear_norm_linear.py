@@ -73,10 +73,8 @@ def linear_norm_linear(
 ) -> Tensor:
     """A Linear on the normalised rows of another: ``LayerNorm(x Wᵀ + b) Vᵀ + d``.
 
-    With ``y = x Wᵀ + b``, its rows' mean ``μ`` and ``r = 1 / sqrt(var + eps)``, and ``V_γ = V
-    diag(gain)``, the result is ``r (y V_γᵀ - μ V_γ 1) + V shift + d``. The kernels rewrite the
-    smaller operand of the second product: with more rows than outputs they scale ``V`` and
-    normalise in the product's epilogue, with fewer they normalise the rows. Only ``y`` is saved.
+    The rows are normalised in place where no backward needs them; for a backward only ``y = x Wᵀ +
+    b`` is saved, with the mean and deviation of its rows.
 
     Args:
         x: ``[B, L, C]``, floating, any strides.
@@ -142,51 +140,14 @@ def _check(inputs: Inputs) -> None:
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
     """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
-    given = Inputs(*inputs)
-    x, out_weight = given.x, given.out_weight
-    table = None
-    if given.positions is not None:
-        table = F.linear(given.positions, out_weight[: given.positioned])
-    many_rows = x.shape[0] * x.shape[1] > out_weight.shape[0]
-    found = _scale_weight(given, table) if many_rows else _normalise_rows(given, table)
-    return found if given.save else (found[0], None, None, None)
-
-
-def _scale_weight(given: Inputs, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gain goes into the weight, mean and deviation into the product's epilogue.
-
-    The first weight is centred over its outputs, which LayerNorm does not see: else a row's large
-    mean would have to cancel after the second product.
-    """
-    from visproj.kernels.layer_norm import fold_gain
-    from visproj.kernels.linear import Epilogue, linear_fwd, linear_statistics_fwd
-
-    weight, bias = _centre(given.weight, given.bias)
-    y, mean, rstd = linear_statistics_fwd(given.x, weight, bias, given.eps)
-    folded, weight_sum, constant = fold_gain(
-        given.out_weight, given.gain, given.shift, given.out_bias
-    )
-    epilogue = Epilogue(mean=mean, rstd=rstd, weight_sum=weight_sum, shift=constant, table=table)
-    return linear_fwd(y, folded, epilogue), y, mean, rstd
-
-
-def _centre(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias without their mean over the outputs, the bias in fp32.
-
-    A column of the weight is left as it is where its mean is below its deviation: nothing is lost
-    then, and rounding the difference would add an error of its own.
-    """
-    variance, mean = torch.var_mean(weight.float(), 0, correction=0)
-    weight = (weight - mean.where(mean.square() > variance, 0.0)).to(weight.dtype)
-    return weight, None if bias is None else bias.float() - bias.mean(dtype=torch.float32)
-
-
-def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The rows are normalised, in place where no backward needs them."""
     from visproj.kernels.layer_norm import layer_norm_fwd
     from visproj.kernels.linear import Epilogue, linear_fwd
 
+    given = Inputs(*inputs)
     x, weight, bias = given.x, given.weight, given.bias
+    table = None
+    if given.positions is not None:
+        table = F.linear(given.positions, given.out_weight[: given.positioned])
     # What a library's product would have to copy first, as features without their CLS row.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, Epilogue(bias))
     normal, mean, rstd = layer_norm_fwd(
@@ -202,7 +163,7 @@ def _normalise_rows(given: Inputs, table: Tensor | None) -> tuple[Tensor | None,
         out = _linear(normal, given.out_weight, given.out_bias)
     else:
         out = linear_fwd(normal, given.out_weight, Epilogue(shift=given.out_bias, table=table))
-    return out, y, mean, rstd
+    return out, y if given.save else None, mean, rstd
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
