@@ -59,7 +59,7 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
     gain_ptr,  # [width]
-    sums_ptr,  # [2, M]: of rows of several blocks, what _layer_norm_sums_kernel leaves
+    sums_ptr,  # [2, M]: of rows passed over twice, what _layer_norm_sums_kernel leaves
     dx_ptr,  # [M, width], may be grad_ptr
     dgain_ptr,  # [runs, width]
     dshift_ptr,  # [runs, width]
@@ -123,6 +123,7 @@ def _layer_norm_sums_kernel(
 
 
 _WIDEST = 8192  # row of which the backward holds all that it needs in registers
+_WIDEST_UNALIGNED = 2048  # the same, of a width that keeps rows off 16 bytes: an address a column
 _BLOCK = 4096  # columns at a time of wider ones
 
 
@@ -184,7 +185,8 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm in one pass over ``grad`` and ``x``, both contiguous ``[M, width]``.
 
-    Rows wider than 8192 are passed over twice, in blocks of columns.
+    Rows wider than 8192, or than 2048 if the width is no multiple of 16, are passed over twice, in
+    blocks of columns.
 
     Returns:
         ``dx`` (``grad`` itself with ``in_place``), and fp32 ``dgain`` and ``dshift``, each
@@ -194,7 +196,8 @@ def layer_norm_bwd(
     dx = grad if in_place else torch.empty_like(x)
     mean, rstd, gain = contiguous(mean, rstd, gain)
 
-    sums = _sums(grad, x, mean, rstd, gain) if width > _WIDEST else None
+    widest = _WIDEST if width % 16 == 0 else _WIDEST_UNALIGNED
+    sums = _sums(grad, x, mean, rstd, gain) if width > widest else None
 
     def make() -> Launch:
         config = _row_config(width if sums is None else _BLOCK, 256)
@@ -259,8 +262,11 @@ def _backward_example(s: Sizes, call: Callable[..., object]) -> object:
     return call(grad, x, mean, mean, s.tensor(s.outputs))
 
 
-# Rows of each power of two are compiled in a way of their own.
-_OTHERS = tuple({"outputs": n} for n in (256, 512, 1024, 2048, 5120, 8192, 12288, 16384))
+# Rows of each power of two are compiled in a way of their own, and so are those whose width is no
+# multiple of 16.
+_UNALIGNED = tuple({"outputs": n} for n in (100, 1000, 2001, 3000, 8191, 16383))
+_ALIGNED = tuple({"outputs": n} for n in (256, 512, 1024, 2048, 5120, 8192, 12288, 16384))
+_OTHERS = _ALIGNED + _UNALIGNED
 
 register(
     _layer_norm_fwd_kernel,
@@ -274,5 +280,6 @@ register(
     {"layer_norm_bwd": Example(partial(_backward_example, call=layer_norm_bwd), others=_OTHERS)},
 )
 register(
-    _layer_norm_sums_kernel, {"layer_norm_sums": Example(partial(_backward_example, call=_sums))}
+    _layer_norm_sums_kernel,
+    {"layer_norm_sums": Example(partial(_backward_example, call=_sums), others=_UNALIGNED[-1:])},
 )

@@ -88,8 +88,11 @@ class Example:
     others: tuple[Mapping[str, int], ...] = ()
 
     def at(self, sizes: Mapping[str, int]) -> Example:
-        """Return the example with some of its sizes replaced."""
-        return replace(self, call=lambda s: self.call(replace(s, **sizes)), others=())
+        """Return the example with some of its sizes replaced; loads are wide at multiples of 16."""
+        wide = self.wide_loads and all(n % 16 == 0 for n in sizes.values())
+        return replace(
+            self, call=lambda s: self.call(replace(s, **sizes)), wide_loads=wide, others=()
+        )
 
 
 FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {}

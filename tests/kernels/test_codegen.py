@@ -14,7 +14,8 @@ import kernels_edges
 import pytest
 
 from benchmarks import codegen
-from visproj.kernels import configs
+from visproj.kernels import configs, registry
+from visproj.ops.autograd import MAX_NORM_WIDTH
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +82,17 @@ class TestAMD:
     def test_gfx942_compiles(self):
         done = run("--amd")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kernel", ["layer_norm_fwd", "layer_norm_bwd"])
+def test_rows_of_every_width_class_are_compiled(kernel):
+    """Each power of two; 128 columns, too few for wide loads, only with unaligned rows."""
+    others = [sizes["outputs"] for sizes in codegen.REFERENCE[kernel].others]
+    widths = [registry.Sizes().outputs, *others]
+    aligned = {1 << (width - 1).bit_length() for width in widths if width % 16 == 0}
+    unaligned = {1 << (width - 1).bit_length() for width in widths if width % 16}
+    assert aligned == {256 << n for n in range((MAX_NORM_WIDTH // 256).bit_length())}
+    assert {128, MAX_NORM_WIDTH} <= unaligned
 
 
 SOUND = codegen.Row(

@@ -58,13 +58,13 @@ SHAPES = [
     *((rows, 1000, "fp16") for rows in (1, 7, 8, 9, 37)),
     *((rows, 199, "bf16") for rows in (1, 2, 3, 7, 8, 9, 16, 37, 97)),
     *((3, width, dtype) for width in (4096, 5120, 8192) for dtype in ("fp32", "bf16")),
-    *((9, width, "bf16") for width in (8193, 10000, 12288, 16384)),  # in blocks of columns
+    *((9, width, "bf16") for width in (2049, 4097, 8193, 10000, 12288, 16384)),  # in blocks
 ]
 MORE_SHAPES = [
     *((rows, 1000, dtype) for rows in (199, 257) for dtype in ("fp32", "bf16")),
     *((37, width, "fp32") for width in (1664, 3000, 4096, 5120, 8192)),
     *((37, width, "fp16") for width in (760, 1664, 3000, 4096, 5120, 8192)),
-    *((3, width, "fp32") for width in (8193, 10000, 12288, 16384)),
+    *((3, width, "fp32") for width in (2049, 8191, 8193, 10000, 12288, 16384)),
 ]
 
 
