@@ -43,7 +43,7 @@ def cross_attention_bwd_delta(out: Tensor, dout: Tensor) -> Tensor:
     delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
 
     def make() -> Launch:
-        block = max(1, min(64, 8192 // padded_width(width)))
+        block = max(1, min(64, 4096 // padded_width(width)))
         return Launch(
             _cross_attention_bwd_delta_kernel,
             batch * heads * triton.cdiv(queries, block),
