@@ -251,7 +251,16 @@ def test_empty_batches_launch_nothing(operation, x, monkeypatch):
         assert not operation(x[:0], 8, "triton").numel()
 
 
-@pytest.mark.parametrize("operation", [chain, attention])
+def folded(x, width, backend):
+    weight, vector = x.new_ones(width, x.shape[1]), x.new_ones(width)
+    square = x.new_ones(x.shape[1], x.shape[1])
+    with torch.no_grad():
+        return ops.folded_linear(
+            x[None], weight, vector, square, square[0], eps=1e-5, backend=backend
+        )
+
+
+@pytest.mark.parametrize("operation", [folded, attention])
 def test_a_failing_kernel_is_an_error_with_its_configuration(operation, x, monkeypatch):
     """It never falls back: whoever asked for the kernels should know that they did not run."""
     from visproj.kernels import configs
