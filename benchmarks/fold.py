@@ -15,7 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks import launches, measure, model
 from benchmarks.command import Parser, positive_int, require, run_command
 from benchmarks.peers import UpstreamPerceiver
+from benchmarks.runtimes import runtime_calls
 from visproj import PerceiverProjector, fold, use_backend
 from visproj.errors import BackendError
 from visproj.reference import projector_ref
@@ -56,7 +57,7 @@ def inputs(batch: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(batch, 1 + TOKENS, width).to(dtype)
 
 
-def _caller(module: nn.Module, x: Tensor) -> measure.Call:
+def _caller(module: Callable[[Tensor], Tensor], x: Tensor) -> measure.Call:
     return lambda _: module(x)
 
 
@@ -130,8 +131,8 @@ def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
-def time_table(batch: int, pairs: int) -> Table:
-    """Medians and ratios of paired runs."""
+def time_table(batch: int, pairs: int, runtimes: bool) -> Table:
+    """Medians and ratios of paired runs; with ``runtimes`` also of what compilers make of fp32."""
     table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, batch {batch}")
     table.add_column("dtype")
     table.add_column("module")
@@ -140,16 +141,26 @@ def time_table(batch: int, pairs: int) -> Table:
     for dtype in (torch.float32, torch.bfloat16):
         modules = peers(CLIP_L, LLAMA_7B, dtype)
         x = inputs(batch, CLIP_L, dtype)
-        runs = {name: _caller(module, x) for name, module in modules.items()}
+        callables: dict[str, Callable[[Tensor], Tensor]] = {**modules}
         with console.status(f"timing {dtype}"):
+            if runtimes and dtype == torch.float32:
+                others = {name: modules[name] for name in ("fair", "folded")}
+                found, missing = runtime_calls(others, x)
+                callables |= found
+                for reason in missing:
+                    console.print(f"not measured: {reason}")
+            runs = {name: _caller(call, x) for name, call in callables.items()}
             seconds = measure.paired_samples(runs, x.device, seconds=0, min_rounds=pairs)
-        for name, module in modules.items():
+        for name, taken in seconds.items():
+            counted = (
+                f"{multiply_adds(modules[name], x) / batch / 1e9:.1f}" if name in modules else "-"
+            )
             table.add_row(
                 str(dtype).removeprefix("torch."),
                 name,
-                f"{statistics.median(seconds[name]):.2f}",
-                *(ratio(seconds.get(other), seconds[name]) for other in ("upstream", "fair")),
-                f"{multiply_adds(module, x) / batch / 1e9:.1f}",
+                f"{statistics.median(taken):.2f}",
+                *(ratio(seconds.get(other), taken) for other in ("upstream", "fair")),
+                counted,
             )
     return table
 
@@ -213,6 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pairs", type=positive_int, default=7, help="paired runs; the median is shown"
     )
+    parser.add_argument(
+        "--runtimes",
+        action="store_true",
+        help="also torch.compile and, where installed, onnxruntime and OpenVINO",
+    )
     parser.add_argument("--measure-memory", choices=MODULES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     batch = options.batch
@@ -230,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "upstream: DeepSpeed-VisualChat's arithmetic, queries projected per image, attention maps "
         "through memory.\nfair: the same weights in visproj's plain module, SDPA, queries once."
     )
-    console.print(time_table(batch, options.pairs))
+    console.print(time_table(batch, options.pairs, options.runtimes))
     console.print(memory_table(batch))
     console.print(error_table())
     console.print(*triton_tables())

@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import features, make, randomise
 from safetensors.torch import save_file
+from torch import nn
 
 from visproj import load_folded
 from visproj.folding import FoldedLinear, FoldedPerceiver
+from visproj.folding.modules import copied_linear, copied_norm
 from visproj.qwen_vl import QwenVisionConfig
 from visproj.qwen_vl.model import AttentionPool
 
@@ -69,6 +71,30 @@ def projector_of(kind):
     return make(kind)
 
 
+def folded_of(kind, form):
+    """What an earlier version saved: a Perceiver's tail was folded for the kernels only."""
+    projector = projector_of(kind)
+    folded = projector.fold(triton=form == "for Triton")
+    if (kind, form) == ("perceiver", "for torch"):
+        norm, outer = projector.projection
+        folded.tail = nn.Sequential(
+            copied_linear(projector.attn.out_proj, torch.float64),
+            copied_norm(norm, torch.float64),
+            copied_linear(outer, torch.float64),
+        )
+        folded.config["out_floor"] = None
+    return folded
+
+
+def test_a_tail_that_is_not_folded_is_read(tmp_path):
+    folded = folded_of("perceiver", "for torch")
+    folded.save(tmp_path / "folded")
+    x = features(2, 17)
+    torch.testing.assert_close(
+        load_folded(tmp_path / "folded")(x), folded(x), rtol=1e-13, atol=1e-13
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
@@ -77,7 +103,7 @@ def projector_of(kind):
     ],
 )
 def test_the_older_format_is_read(tmp_path, kind, form):
-    folded = projector_of(kind).fold(triton=form == "for Triton")
+    folded = folded_of(kind, form)
     names, state = older_names(folded, form), folded.state_dict()
     assert names.keys() == state.keys()
     metadata = {

@@ -2,9 +2,8 @@
 
 A LayerNorm after a Linear only rescales each row (:mod:`visproj.folding.algebra`). So the
 Perceiver's ``kv_proj``, ``ln_kv`` and its key and value projections become one product of width
-``2 D`` with the features themselves, and the queries a constant. For the Triton kernels, which skip
-the zero half of a triangle, ``out_proj``, the LayerNorm after it and the last Linear become one
-product as well. Weights are combined once, in fp64.
+``2 D`` with the features themselves, and the queries a constant; ``out_proj``, the LayerNorm after
+it and the last Linear become one product as well. Weights are combined once, in fp64.
 """
 
 from typing import Any
@@ -45,10 +44,10 @@ def fold(projector: nn.Module, **options: Any) -> FoldedProjector:
         projector: A :class:`visproj.LinearProjector`, :class:`visproj.ViTProjector`,
             :class:`visproj.PerceiverProjector` or anything else with a ``fold`` method of its own.
         **options: ``dtype`` of the folded weights, the projector's own by default; they are
-            combined in fp64. ``triton``: whether to fold for the Triton kernels, which skip the
-            zero half of a triangular factor, or for PyTorch, which does not; by default for
-            whichever runs on the projector's device. Either form runs on both, the other one
-            slower: set it to fold on one machine for another. ``grid``, of a Perceiver: the grid of
+            combined in fp64. ``triton``: whether to fold a Linear and its LayerNorm, which is
+            faster on the Triton kernels and slower in PyTorch; by default it follows what runs on
+            the projector's device. Either form runs on both: set it to fold on one machine for
+            another. A Perceiver has one form. ``grid``, of a Perceiver: the grid of
             the features that it will see most, for which positions are kept ready; its query grid
             by default. Other grids stay possible.
 

@@ -75,18 +75,54 @@ def scale_rows(
 ) -> Tensor:
     """``rstd out + shift + table`` in place, ``rstd = (‖x factorᵀ + factor_bias‖² + eps)^(-1/2)``.
 
-    ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold, and stays in fp32 there.
+    ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold: it stays in fp32.
     """
-    norms = F.linear(x, factor, factor_bias)
-    wide = torch.promote_types(norms.dtype, torch.float32)
-    rstd = (norms.to(wide).square().sum(-1, keepdim=True) + eps).rsqrt()
-    rstd = rstd if out.dtype == torch.float16 else rstd.to(out.dtype)
+    rstd = (_row_squares(x, factor, factor_bias) + eps).rsqrt()
     added = out.new_zeros(out.shape[-1]) if shift is None else shift
     if table is not None:
         missing = out.shape[-1] - table.shape[-1]
         table = F.pad(table, (0, missing)) if missing else table
         added = table if shift is None else table + shift
-    return torch.addcmul(added.to(out.dtype), out, rstd, out=out)
+    return _scale(out, rstd, added.to(out.dtype))
+
+
+def _scale(out: Tensor, rstd: Tensor, added: Tensor) -> Tensor:
+    """``rstd out + added`` in place, in the dtype of ``rstd``."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if out.dtype == rstd.dtype or out.device.type != "cpu" or traced or not out.numel():
+        return torch.addcmul(added, out, rstd, out=out)
+    # A CPU's addcmul copies what it widens: some rows of each image at a time stay in the cache.
+    length = out.shape[-2]
+    step = max(1, _WIDENED * length // out.numel())
+    for first in range(0, length, step):
+        part = slice(first, first + step)
+        rows, shift = out[..., part, :], added if added.ndim == 1 else added[part]
+        torch.addcmul(shift, rows, rstd[..., part, :], out=rows)
+    return out
+
+
+_WIDENED = 2**19  # elements, 2 MiB of fp32
+
+
+def _row_squares(x: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """``‖x factorᵀ + bias‖²`` of an upper triangular ``factor``, at least in fp32: ``[..., 1]``.
+
+    A product with some of its rows starts at the first column in which they are not zero: with
+    eight products 7/16 of the multiply-adds are skipped.
+    """
+    rows = x.flatten(0, -2)
+    count = len(factor)
+    step = max(_LEAST_ROWS, math.ceil(count / 8))
+    norms = []
+    for first in range(0, max(1, count), step):
+        part = slice(first, first + step)
+        product = F.linear(rows[:, first:], factor[part, first:], bias[part])
+        wide = torch.promote_types(product.dtype, torch.float32)
+        norms.append(torch.linalg.vector_norm(product, dim=-1, dtype=wide))
+    return torch.stack(norms).square().sum(0).view(*x.shape[:-1], 1)
+
+
+_LEAST_ROWS = 256  # of a product that still uses a CPU well
 
 
 def cross_attention(

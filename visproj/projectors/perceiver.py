@@ -21,7 +21,6 @@ from visproj.folding.modules import (
     copied,
     copied_linear,
     copied_norm,
-    folds_for_triton,
     own,
     weights_digest,
 )
@@ -197,13 +196,12 @@ class AttentionResampler(Resampler):
         grid: Grid | None = None,
         triton: bool | None = None,
     ) -> FoldedPerceiver:
-        """As :func:`visproj.fold`."""
+        """As :func:`visproj.fold`; there is one form, whatever ``triton`` says."""
         check_foldable(self, Resampler, {**_NORMALISED, **_QUERIES, **_ATTENTION, **self._reads()})
         linear: Any = self.kv_proj
         norm, attn = self.ln_kv, self.attn
         dtype = linear.weight.dtype if dtype is None else dtype
         grid = self.query_grid if grid is None else check_grid(grid)
-        triton = folds_for_triton(linear.weight, dtype) if triton is None else triton
         w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
         b_q, b_k, b_v = or_zeros(attn.in_proj_bias, attn.in_proj_weight).chunk(3)
         kv = fold_linear_norm(
@@ -225,7 +223,7 @@ class AttentionResampler(Resampler):
             "position_table": key_value_table(self.pos_embed, w_k, value_shift),
             "kv_table": key_value_table(resized, w_k, value_shift),
         }
-        tail, tail_config = self._folded_tail(dtype, triton)
+        tail, tail_config = self._folded_tail(dtype)
         config = {
             "vis_dim": self.vis_dim,
             "lang_dim": self.embed_dim,
@@ -245,9 +243,7 @@ class AttentionResampler(Resampler):
         """The children after the attention that a fold reads."""
         return _OUTPUT
 
-    def _folded_tail(
-        self, dtype: torch.dtype, triton: bool
-    ) -> tuple[nn.Module, dict[str, float | None]]:
+    def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
         """What follows the attention in the folded form, and what its configuration says of it."""
         return copied_linear(self.attn.out_proj, dtype), {"out_eps": None, "out_floor": None}
 
@@ -321,19 +317,11 @@ class PerceiverProjector(AttentionResampler):
     def _reads(self) -> Reads:
         return _TAIL
 
-    def _folded_tail(
-        self, dtype: torch.dtype, triton: bool
-    ) -> tuple[nn.Module, dict[str, float | None]]:
-        """In PyTorch the zero half of the factor is multiplied too: folding does not help there."""
+    def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
         linear: Any = self.attn.out_proj
         norm: Any
         outer: Any
         norm, outer = self.projection
-        if not triton:
-            tail = nn.Sequential(
-                copied_linear(linear, dtype), copied_norm(norm, dtype), copied_linear(outer, dtype)
-            )
-            return tail, {"out_eps": norm.eps, "out_floor": None}
         inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
         scaled = fold_linear_norm(*inner, outer.weight, outer.bias)
         return ScaledLinear(copied(scaled, dtype)), {
