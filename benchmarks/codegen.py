@@ -140,6 +140,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any, float]]]:
         mock.patch.object(driver, "_active", AbsentDriver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(plans, "REMEMBERS", False),
+        mock.patch.dict(os.environ, VISPROJ_AUTOTUNE="0"),
     ):
         architecture.cache_clear()
         try:

@@ -37,7 +37,7 @@ from visproj.reference import projector_ref
 
 CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, launches.TOKENS
 MODULES = ("upstream", "fair", "folded")
-console = Console(width=100)
+console = Console(width=120)
 
 
 def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]:

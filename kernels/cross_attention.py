@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,7 @@ from visproj.kernels.layout import unit_columns
 from visproj.kernels.makespan import Tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import choose
+from visproj.kernels.tuning import LIBRARY, Library, choose
 
 # Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -210,16 +211,19 @@ def cross_attention_fwd(
     """
     q, k, v = unit_columns(q, k, v)
     precision = dot_precision(q.dtype)
-    launch = recall(
+    plan = recall(
         key_of("cross_attention_fwd", (q, k, v, mask), statistics, precision),
         lambda: _plan(q, k, v, mask, statistics, precision),
     )
-    return _start(launch, q, k, v, mask, statistics)
+    return plan(q, k, v, mask, statistics)
+
+
+_Result = tuple[Tensor, Tensor | None]
 
 
 def _start(
     launch: Launch, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> _Result:
     """Allocate and launch."""
     batch, (queries, heads, width) = k.shape[0], q.shape[-3:]
     out = q.new_empty(batch, queries, heads, width)
@@ -241,10 +245,35 @@ def _start(
     return out, stats
 
 
+def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool) -> _Result:
+    """SDPA; with statistics, which only FlashAttention returns, without a mask."""
+    q, k, v = (t.transpose(-3, -2).expand(len(k), -1, -1, -1) for t in (q, k, v))
+    if statistics:
+        # Of a CPU, which tests run this on, the operation has another name.
+        aten = torch.ops.aten
+        gpu = aten._scaled_dot_product_flash_attention
+        flash = gpu if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse, *_ = flash(q, k, v)
+        if lse.shape != q.shape[:3]:
+            raise RuntimeError(f"FlashAttention's log-sum-exp has the shape {list(lse.shape)}")
+        return out.transpose(1, 2).contiguous(), (lse.contiguous() * math.log2(math.e))[None]
+    if mask is not None:
+        mask = mask[..., : k.shape[2]]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if mask is not None:  # a query without any key gets zeros from the kernel
+        out = out.masked_fill(mask.isneginf().all(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _library_has(q: Tensor, mask: Tensor | None, statistics: bool) -> bool:
+    """Whether PyTorch has this attention and its statistics."""
+    return not statistics or (mask is None and q.element_size() == 2 and q.shape[-1] % 8 == 0)
+
+
 def _plan(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool, precision: str
-) -> tuple[Launch, bool]:
-    """Choose a configuration; returns whether it is settled as well."""
+) -> tuple[Callable[..., _Result], bool]:
+    """Choose a configuration or PyTorch's way; returns whether that is settled as well."""
     queries, heads, width = q.shape[-3:]
     batch, keys = k.shape[:2]
 
@@ -259,18 +288,25 @@ def _plan(
             TAIL=mask is None and keys % block_l != 0,
         )
 
-    def prepare(config: Config) -> Callable[[], object]:
-        return partial(_start, plan(config), q, k, v, mask, statistics)
+    def way(choice: Config | Library) -> Callable[..., _Result]:
+        return _in_pytorch if isinstance(choice, Library) else partial(_start, plan(choice))
+
+    def prepare(choice: Config | Library) -> Callable[[], object]:
+        return partial(way(choice), q, k, v, mask, statistics)
 
     def tiles(config: Config) -> Tiles:
         block_q, block_l = config.blocks
         work = block_q * block_l * triton.cdiv(keys, block_l)
         return Tiles([work] * plan(config).programs)
 
-    choices = configs.candidates(table_row("cross_attention_fwd", q, mask), (q, k, v), precision)
-    key = (batch * queries, triton.next_power_of_2(keys), heads, width, mask is not None)
-    config, settled = choose("cross_attention_fwd", key, choices, prepare, q, tiles)
-    return plan(config), settled
+    row = table_row("cross_attention_fwd", q, mask)
+    choices: tuple[Any, ...] = configs.candidates(row, (q, k, v), precision)
+    if _library_has(q, mask, statistics):
+        choices = *choices, LIBRARY
+    keys_class = triton.next_power_of_2(keys)
+    key = batch * queries, keys_class, heads, width, mask is not None, statistics, precision
+    choice, settled = choose("cross_attention_fwd", key, choices, prepare, q, tiles)
+    return way(choice), settled
 
 
 def shared_arguments(

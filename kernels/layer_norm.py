@@ -63,19 +63,21 @@ def _layer_norm_bwd_kernel(
     dx_ptr,  # [M, width], may be grad_ptr
     dgain_ptr,  # [runs, width]
     dshift_ptr,  # [runs, width]
+    dsum_ptr,  # [runs, width]
     M,
     width,
     runs,
     rows_per_run,
     BLOCK: tl.constexpr,
 ):
-    """dx of a run of rows, and that run's share of dgain and dshift. Grid: (blocks * runs)."""
+    """dx of a run of rows, and its share of dgain, dshift and dx's sum. Grid: (blocks * runs)."""
     run = (tl.program_id(0) % runs).to(tl.int64)
     cols = tl.program_id(0) // runs * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     gain = _row_vector(gain_ptr, cols, width)
     dgain = tl.zeros((BLOCK,), tl.float32)
     dshift = tl.zeros((BLOCK,), tl.float32)
+    dsum = tl.zeros((BLOCK,), tl.float32)
     first = run * rows_per_run
     for row in range(first, min(first + rows_per_run, M)):
         grad = tl.load(grad_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
@@ -90,9 +92,11 @@ def _layer_norm_bwd_kernel(
         else:
             total, along = tl.load(sums_ptr + row), tl.load(sums_ptr + M + row)
         dx = rstd * (grad - total / width - x * (along / width))
+        dsum += dx
         tl.store(dx_ptr + row * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(dgain_ptr + run * width + cols, dgain, mask=inside)
     tl.store(dshift_ptr + run * width + cols, dshift, mask=inside)
+    tl.store(dsum_ptr + run * width + cols, dsum, mask=inside)
 
 
 @triton.jit
@@ -122,8 +126,8 @@ def _layer_norm_sums_kernel(
     tl.store(sums_ptr + M + row, tl.sum(along, 0))
 
 
-_WIDEST = 8192  # row of which the backward holds all that it needs in registers
-_WIDEST_UNALIGNED = 2048  # the same, of a width that keeps rows off 16 bytes: an address a column
+_WIDEST = 16384  # bytes of a row of which the backward holds all that it needs in registers
+_WIDEST_UNALIGNED = 1024  # columns, if their number keeps rows off 16 bytes: an address each
 _BLOCK = 4096  # columns at a time of wider ones
 
 
@@ -182,21 +186,22 @@ def layer_norm_bwd(
     gain: Tensor,
     *,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm in one pass over ``grad`` and ``x``, both contiguous ``[M, width]``.
 
-    Rows wider than 8192, or than 2048 if the width is no multiple of 16, are passed over twice, in
-    blocks of columns.
+    Rows of more than 16 KiB, or of more than 1024 columns if these are not a multiple of 16, are
+    passed over twice, in blocks of columns.
 
     Returns:
-        ``dx`` (``grad`` itself with ``in_place``), and fp32 ``dgain`` and ``dshift``, each
-        ``[width]``: sums over a fixed number of runs of rows, merged in a fixed order.
+        ``dx`` (``grad`` itself with ``in_place``), and fp32 ``dgain``, ``dshift`` and the sum of
+        the rows of ``dx``, each ``[width]``: sums over a fixed number of runs of rows, merged in a
+        fixed order.
     """
     rows, width = x.shape
     dx = grad if in_place else torch.empty_like(x)
     mean, rstd, gain = contiguous(mean, rstd, gain)
 
-    widest = _WIDEST if width % 16 == 0 else _WIDEST_UNALIGNED
+    widest = _WIDEST_UNALIGNED if width % 16 else _WIDEST // x.element_size()
     sums = _sums(grad, x, mean, rstd, gain) if width > widest else None
 
     def make() -> Launch:
@@ -218,8 +223,8 @@ def layer_norm_bwd(
         )
 
     launch = recall_launch("layer_norm_bwd", (grad, x, mean, rstd, gain, dx), make)
-    partials = x.new_empty(2, launch.rest["runs"], width, dtype=torch.float32)
-    dgain, dshift = partials.unbind()
+    partials = x.new_empty(3, launch.rest["runs"], width, dtype=torch.float32)
+    dgain, dshift, dsum = partials.unbind()
     launch(
         grad_ptr=grad,
         x_ptr=x,
@@ -230,8 +235,9 @@ def layer_norm_bwd(
         dx_ptr=dx,
         dgain_ptr=dgain,
         dshift_ptr=dshift,
+        dsum_ptr=dsum,
     )
-    return dx, dgain.sum(0), dshift.sum(0)
+    return dx, dgain.sum(0), dshift.sum(0), dsum.sum(0)
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from visproj.kernels.layout import contiguous, unit_columns
 from visproj.kernels.makespan import Tiles, product_tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
-from visproj.kernels.tuning import choose
+from visproj.kernels.tuning import LIBRARY, Library, choose
 
 
 @triton.jit
@@ -224,8 +224,30 @@ def _launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, **options: boo
     return plan(operands)
 
 
-def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
-    """Choose a configuration; returns whether it is settled as well."""
+def _in_pytorch(operands: _Operands) -> Tensor:
+    """A product that is stored and not scaled, with what follows it."""
+    x, weight, bias, _, shift, table = operands
+    out = library_product(x.contiguous(), weight, bias)
+    if shift is not None:
+        out += shift
+    if table is not None:
+        out[..., : table.shape[1]] += table
+    return out
+
+
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of contiguous ``[B, L, K]``, whose own result is a view: FSDP2 would warn."""
+    out = x.new_empty(*x.shape[:2], weight.shape[0])
+    rows, target = x.flatten(0, 1), out.flatten(0, 1)
+    if bias is None:
+        torch.mm(rows, weight.T, out=target)
+    else:
+        torch.addmm(bias, rows, weight.T, out=target)
+    return out
+
+
+def _plan(operands: _Operands, product: _Product) -> tuple[Any, bool]:
+    """Choose a :class:`_Plan`, or what PyTorch has for it; returns whether it is settled too."""
     x, weight, table = operands.x, operands.weight, operands.table
     precision, parts, eps, store, triangular = product
     images, length, K = x.shape
@@ -235,7 +257,9 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
         images, length = 1, images * length  # no tile has a boundary to respect
     M = images * length
 
-    def plan(config: Config) -> _Plan:
+    def plan(config: Config | Library) -> Callable[[_Operands], Tensor]:
+        if isinstance(config, Library):
+            return _in_pytorch
         block_m, block_n, block_k = config.blocks
         column_tiles = triton.cdiv(N, block_n)
         launch = Launch(
@@ -272,8 +296,10 @@ def _plan(operands: _Operands, product: _Product) -> tuple[_Plan, bool]:
 
     kernel = "linear_table" if table is not None else "linear"
     out = x.new_empty(shape) if store else None
-    choices = configs.candidates(kernel, (x, weight, out, table), precision)
-    key = (M, N, K, store, triangular, parts is not None)
+    choices: tuple[Any, ...] = configs.candidates(kernel, (x, weight, out, table), precision)
+    if store and parts is None:
+        choices = *choices, LIBRARY
+    key = (M, N, K, store, triangular, parts is not None, precision)
     config, settled = choose(kernel, key, choices, lambda c: partial(plan(c), operands), x, tiles)
     return plan(config), settled
 
@@ -315,6 +341,7 @@ def folded_linear_fwd(
     shift: Tensor | None,
     table: Tensor | None,
     eps: float,
+    library: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``rstd * (x Wᵀ + bias) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``.
 
@@ -327,26 +354,59 @@ def folded_linear_fwd(
         shift: ``[N]`` or ``None``.
         table: ``[L, columns]`` or ``None``.
         eps: Added to the square.
+        library: PyTorch's own way, which takes the arguments before it; timed where it is given.
 
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
     """
     x, weight, stats_weight, table = unit_columns(x, weight, stats_weight, table)
     bias, stats_bias, shift = contiguous(bias, stats_bias, shift)
-    norm = _Operands(x, stats_weight, stats_bias)
-    scaled = _Operands(x, weight, bias, shift=shift, table=table)
-    precision = dot_precision(x.dtype)
-
-    def make() -> tuple[tuple[_Plan, _Plan], bool]:
-        squares_plan, settled = _plan(norm, _Product(precision, store=False, triangular=True))
-        squares = x.new_empty(squares_plan.out, dtype=torch.float32)
-        product = _Product(precision, len(squares), eps)
-        plan, also = _plan(scaled._replace(squares=squares), product)
-        return (squares_plan, plan), settled and also
-
     operands = x, weight, bias, stats_weight, stats_bias, shift, table
-    squares_plan, plan = recall(key_of("folded_linear", operands, eps, precision), make)
-    return plan(scaled._replace(squares=squares_plan(norm)))
+    precision = dot_precision(x.dtype)
+    key = key_of("folded_linear", operands, eps, precision, library)
+    return recall(key, lambda: _plan_folded(operands, eps, precision, library))(*operands, eps)
+
+
+class _FoldedPlan(NamedTuple):
+    """The two launches of a folded product."""
+
+    squares: _Plan
+    product: _Plan
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stats_weight: Tensor,
+        stats_bias: Tensor,
+        shift: Tensor | None,
+        table: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        squares = self.squares(_Operands(x, stats_weight, stats_bias))
+        return self.product(_Operands(x, weight, bias, squares, shift, table))
+
+
+def _plan_folded(
+    operands: tuple[Any, ...], eps: float, precision: str, library: Callable[..., Tensor] | None
+) -> tuple[Callable[..., Tensor], bool]:
+    """Choose between the kernels and the library; returns whether that is settled as well."""
+    x, weight, bias, stats_weight, stats_bias, shift, table = operands
+    norm = _Operands(x, stats_weight, stats_bias)
+    squares_plan, settled = _plan(norm, _Product(precision, store=False, triangular=True))
+    squares = x.new_empty(squares_plan.out, dtype=torch.float32)
+    scaled = _Operands(x, weight, bias, squares, shift, table)
+    plan, also = _plan(scaled, _Product(precision, len(squares), eps))
+    ours = _FoldedPlan(squares_plan, plan)
+    if library is None or not (settled and also):
+        return ours, settled and also
+    ways: dict[Any, Callable[..., Tensor]] = {"kernels": ours, LIBRARY: library}
+    shape = x.shape[0] * x.shape[1], *weight.shape, table is not None, precision
+    way, settled = choose(
+        "folded_linear", shape, tuple(ways), lambda way: partial(ways[way], *operands, eps), x
+    )
+    return ways[way], settled
 
 
 def _flops(arguments: Mapping[str, Any]) -> int:

@@ -29,6 +29,16 @@ _lock = threading.Lock()  # held while timing as well: two threads would disturb
 C = TypeVar("C")  # a configuration, or anything else with a name of its own
 
 
+class Library:
+    """PyTorch's own way to do what a kernel does: timed like a configuration."""
+
+    def __str__(self) -> str:
+        return "PyTorch"
+
+
+LIBRARY = Library()
+
+
 class Choice(NamedTuple, Generic[C]):
     """A configuration, and whether the next call would be given the same."""
 
@@ -47,7 +57,8 @@ def choose(
     """Return the best of ``choices``.
 
     The first use of a kernel at a shape (its first entry, the rows, counted in powers of two) times
-    every choice and remembers the fastest, in this process and in :func:`cache_file`. While a CUDA
+    every choice, :data:`LIBRARY` among them where the launcher offers it, and remembers the
+    fastest, in this process and in :func:`cache_file`. While a CUDA
     graph is captured, in an initialised process group, under the interpreter and with
     ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else :func:`untimed`.
     ``VISPROJ_AUTOTUNE=0`` takes that always, and so does a first use without the memory to time
@@ -67,8 +78,9 @@ def choose(
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
+    own = [choice for choice in choices if choice is not LIBRARY]  # nothing is known of it untimed
     if off or len(choices) == 1:
-        return Choice(untimed(choices, tiles, like.device), True)
+        return Choice(untimed(own, tiles, like.device), True)
     rows, *rest = shape
     names = (kernel, like.dtype, triton.next_power_of_2(rows), *rest)
     key = (like.device, tuple(choices), *names)
@@ -76,7 +88,7 @@ def choose(
         with _lock, torch.cuda.device_of(like):
             known = _read_or_timed(names, choices, prepare, like.device)
         if known is None:  # capturing a graph ends; a process group and the interpreter stay
-            first = untimed(choices, tiles, like.device)
+            first = untimed(own, tiles, like.device)
             return Choice(first, INTERPRETING or _distributed())
         _remembered[key] = known
     return Choice(known, True)

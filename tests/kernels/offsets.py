@@ -24,7 +24,6 @@ from visproj.kernels.cross_attention_backward import cross_attention_bwd  # noqa
 from visproj.kernels.launch import Config  # noqa: E402
 from visproj.kernels.layout import describable  # noqa: E402
 from visproj.kernels.linear import Epilogue, linear_fwd  # noqa: E402
-from visproj.kernels.linear_backward import linear_bwd_weight  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STYLE = {"descriptors": False}
@@ -62,12 +61,6 @@ def linear_table():
     return linear_fwd(x, weight, Epilogue(table=far_apart(table, 0))), wanted
 
 
-def weight_gradient(dimension):
-    grad, x = random(3, 3, 16), random(3, 3, 16)
-    wanted = grad.double().flatten(0, 1).T @ x.double().flatten(0, 1)
-    return linear_bwd_weight(grad, far_apart(x, dimension), bias=False)[0], wanted
-
-
 def attention(operand, dimension):
     tensors = dict(zip("qkv", (random(3, 3, 3, 16) for _ in range(3)), strict=True))
     wanted = attention_oracle(*(t.double() for t in tensors.values()))
@@ -99,7 +92,6 @@ def attention_gradients(dimension):
 CASES = {
     **{f"linear {d}": lambda d=d: linear(d) for d in (0, 1, "weight")},
     "linear table": linear_table,
-    **{f"weight gradient {d}": lambda d=d: weight_gradient(d) for d in (0, 1)},
     **{f"attention {t} {d}": lambda t=t, d=d: attention(t, d) for t in "qkv" for d in (0, 1, 2)},
     **{f"attention mask {d}": lambda d=d: attention_mask(d) for d in (0, 1, 2)},
     **{f"attention gradients {d}": lambda d=d: attention_gradients(d) for d in (0, 1, 2)},

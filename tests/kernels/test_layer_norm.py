@@ -39,13 +39,22 @@ def check(x, gain, shift, eps=1e-12):
     out, mean, rstd = kernels.layer_norm_fwd(
         x, gain, shift, eps, out_dtype=x.dtype, in_place=False, statistics=True
     )
-    dx, dgain, dshift = kernels.layer_norm_bwd(upstream, x, mean, rstd, gain)
-    assert dgain.dtype == dshift.dtype == torch.float32
+    dx, dgain, dshift, dsum = kernels.layer_norm_bwd(upstream, x, mean, rstd, gain)
+    assert dgain.dtype == dshift.dtype == dsum.dtype == torch.float32
+    check_sum(dsum, dx)
     got = [out, dx, dgain.to(x.dtype), dshift.to(x.dtype)]
     names = ("output", "dx", "dgain", "dshift")[: len(wanted)]
     check_errors(got, wanted, lambda: evaluate(oracle, _given(exact), upstream.double()), names)
     assert all(map(torch.equal, before, _given(tensors)))
     return out, mean, rstd, upstream, dx
+
+
+def check_sum(dsum, dx):
+    """It is summed in fp32, and each row of dx rounded to its own dtype only after that."""
+    info = torch.finfo(dx.dtype)
+    rounded = info.eps / 2 * (dx.double().abs() + info.smallest_normal).sum(0)
+    summed = len(dx) * torch.finfo(torch.float32).eps * dx.double().abs().sum(0)
+    assert ((dsum.double() - dx.double().sum(0)).abs() <= rounded + summed).all()
 
 
 def _given(tensors):

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("offsets.py")
 CASES = [
     *(f"linear {d}" for d in (0, 1, "weight", "table")),
-    *(f"weight gradient {d}" for d in (0, 1)),
     *(f"attention {t} {d}" for t in ("q", "k", "v", "mask", "gradients") for d in (0, 1, 2)),
 ]
 

@@ -16,7 +16,7 @@ from visproj.kernels.launch import Config
 from visproj.kernels.makespan import Tiles, product_tiles
 
 SLOW, FAST = Config((64, 64), 4, 2), Config((128, 64), 8, 2, descriptors=True)
-SECONDS = {SLOW: 2.0, FAST: 1.0}
+SECONDS = {SLOW: 2.0, FAST: 1.0, tuning.LIBRARY: 0.5}
 LIKE = torch.empty(1, dtype=torch.bfloat16)
 
 
@@ -275,6 +275,34 @@ def test_what_is_remembered_runs_where_nothing_is_timed(gpu, monkeypatch, why):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: why == "distributed")
     assert best(ran) == FAST
     assert len(timed) == 2
+
+
+@pytest.mark.parametrize("choices", [(SLOW, FAST), (SLOW,)], ids=["several", "one"])
+def test_pytorch_is_timed_like_a_configuration(gpu, monkeypatch, choices):
+    """And where nothing is timed, an earlier process's finding is taken."""
+    ran, timed = gpu
+    choices = *choices, tuning.LIBRARY
+    assert best(ran, choices=choices) is tuning.LIBRARY
+    assert timed == list(choices)
+    assert list(json.loads(tuning.cache_file().read_text()).values()) == ["PyTorch"]
+    forget(monkeypatch)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert best(ran, choices=choices) is tuning.LIBRARY
+    assert best(ran) != tuning.LIBRARY  # where a launcher does not offer it
+    assert len(timed) == len(choices)
+
+
+@pytest.mark.parametrize("why", ["variable", "distributed", "memory"])
+def test_untimed_it_is_a_kernel(gpu, timing, monkeypatch, why):
+    """Also with a single configuration, and in the order in which they are given."""
+    if why == "variable":
+        monkeypatch.setenv("VISPROJ_AUTOTUNE", "0")
+    elif why == "distributed":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    bad = [SLOW] if why == "memory" else []
+    prepare = failing(bad, torch.OutOfMemoryError)
+    for choices in ((tuning.LIBRARY, SLOW), (SLOW, tuning.LIBRARY)):
+        assert tuning.choose("kernel", (256,), choices, prepare, LIKE).config == SLOW
 
 
 def failing(bad, error=RuntimeError):

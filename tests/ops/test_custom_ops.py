@@ -88,6 +88,7 @@ def backward(case, needs_dx=True, **options):
             grad,
             *tensors,
             10,
+            1e-5,
             needs_dx,
             needs_dx,
         )

@@ -130,7 +130,7 @@ def _run_fwd(*inputs: Any) -> Tensor:
 
     x, weight, *others = Inputs(*inputs)
     rows = x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
-    out = folded_linear_fwd(rows, weight, *others)
+    out = folded_linear_fwd(rows, weight, *others, library=eager.folded_linear)
     return out if x.ndim == 3 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 

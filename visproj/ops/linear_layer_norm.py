@@ -142,16 +142,14 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _run_bwd(*inputs: Any) -> list[Tensor]:
     """dweight, dbias, dgain, dshift and, where it is wanted, dx."""
     from visproj.kernels.layer_norm import layer_norm_bwd
-    from visproj.kernels.linear_backward import linear_bwd_weight
 
     grad, x, weight, gain, y, mean, rstd, needs_dx = BackwardInputs(*inputs)
     rows = y.reshape(-1, y.shape[-1])
-    dy, dgain, dshift = layer_norm_bwd(
+    dy, dgain, dshift, dbias = layer_norm_bwd(
         grad.reshape(rows.shape).contiguous(), rows, mean.flatten(), rstd.flatten(), gain
     )
-    features = x.reshape(1, -1, x.shape[-1])
-    dweight, dbias = linear_bwd_weight(dy[None], features, bias=True)
-    gradients = [dweight, dbias, dgain.to(gain.dtype), dshift.to(gain.dtype)]
+    dweight = dy.T @ x.reshape(-1, x.shape[-1])
+    gradients = [dweight, dbias.to(weight.dtype), dgain.to(gain.dtype), dshift.to(gain.dtype)]
     return [*gradients, (dy @ weight).reshape(x.shape)] if needs_dx else gradients
 
 

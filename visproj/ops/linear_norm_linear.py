@@ -53,6 +53,7 @@ class BackwardInputs(NamedTuple):
     mean: Tensor  # of the rows of y, as rstd
     rstd: Tensor
     positioned: int
+    eps: float
     needs_dx: bool
     needs_dpositions: bool
 
@@ -141,7 +142,7 @@ def _check(inputs: Inputs) -> None:
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
     """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
-    from visproj.kernels.linear import Epilogue, linear_fwd
+    from visproj.kernels.linear import Epilogue, library_product, linear_fwd
 
     given = Inputs(*inputs)
     x, weight, bias = given.x, given.weight, given.bias
@@ -160,21 +161,10 @@ def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
         statistics=given.save,
     )
     if table is None:
-        out = _linear(normal, given.out_weight, given.out_bias)
+        out = library_product(normal, given.out_weight, given.out_bias)
     else:
-        out = linear_fwd(normal, given.out_weight, Epilogue(shift=given.out_bias, table=table))
+        out = linear_fwd(normal, given.out_weight, Epilogue(given.out_bias, table=table))
     return out, y if given.save else None, mean, rstd
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of contiguous ``[B, L, D]``, whose own result is a view: FSDP2 would warn."""
-    out = x.new_empty(*x.shape[:2], weight.shape[0])
-    rows, target = x.flatten(0, 1), out.flatten(0, 1)
-    if bias is None:
-        torch.mm(rows, weight.T, out=target)
-    else:
-        torch.addmm(bias, rows, weight.T, out=target)
-    return out
 
 
 _linear_norm_linear_fwd = Operation(
@@ -198,15 +188,13 @@ def _run_bwd(*inputs: Any) -> list[Tensor]:
     given = BackwardInputs(*inputs)
     grad, x, y = given.grad, given.x, given.y
     gain, out_weight = given.gain, given.out_weight
-    dnormal = grad.flatten(0, 1) @ out_weight  # [B * L, D]
-    rows = [t.flatten(0, 1) for t in (y, given.mean, given.rstd)]
-    dy, dgain, dshift = layer_norm_bwd(dnormal, *rows, gain, in_place=True)
-    dout_weight, dout_bias = linear_bwd_weight(
-        grad, y, bias=True, mean=given.mean, rstd=given.rstd, gain=gain, shift=given.shift
-    )
-    dweight, dbias = linear_bwd_weight(dy.reshape(y.shape), x, bias=True)
-    gradients = [dweight, dbias, dgain.to(gain.dtype), dshift.to(gain.dtype)]
-    gradients += [dout_weight, dout_bias]
+    rows = grad.flatten(0, 1)
+    norm = [t.flatten(0, 1) for t in (y, given.mean, given.rstd)]
+    dy, *sums = layer_norm_bwd(rows @ out_weight, *norm, gain, in_place=True)
+    dgain, dshift, dbias = (t.to(gain.dtype) for t in sums)
+    dout_weight, dout_bias = linear_bwd_weight(rows, *norm, gain, given.shift, given.eps)
+    dweight = dy.T @ x.reshape(-1, x.shape[-1])
+    gradients = [dweight, dbias, dgain, dshift, dout_weight, dout_bias]
     if given.needs_dx:
         gradients.append((dy @ given.weight).reshape(x.shape))
     if given.positions is not None:
@@ -232,7 +220,7 @@ def _(*inputs: Any) -> list[Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = Inputs(*inputs)
-    ctx.positioned = given.positioned
+    ctx.positioned, ctx.eps = given.positioned, given.eps
     ctx.absent = [name for name in ("bias", "shift", "out_bias") if getattr(given, name) is None]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -244,7 +232,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad is None:
         return in_order(Inputs)
     needed = Inputs(*ctx.needs_input_grad)
-    wanted = ctx.positioned, needed.x, needed.positions
+    wanted = ctx.positioned, ctx.eps, needed.x, needed.positions
     again = torch.is_grad_enabled()
     found = _linear_norm_linear_bwd(grad, *ctx.saved_tensors, *wanted, differentiable=again)
     dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = found
