@@ -1,4 +1,4 @@
-"""The command line: ``visproj demo | train | chat | extract | bench | info``.
+"""The command line: ``visproj demo | train | chat | extract | tune | bench | info``.
 
 Nothing here imports torch before a command runs, so that help and shell completion are quick.
 """
@@ -44,6 +44,14 @@ class TrainingDtype(str, Enum):
     """Dtypes to train in."""
 
     bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class KernelDtype(str, Enum):
+    """Dtypes that the kernels compute in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
     float32 = "float32"
 
 
@@ -387,6 +395,45 @@ def chat(
     finally:
         if began:
             print(flush=True)
+
+
+@app.command()
+def tune(
+    kind: Annotated[
+        list[Kind] | None, typer.Option(help="A projector; repeat for more. Default: all.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=1, help="Width of the vision features.")] = 1024,
+    lang_dim: Annotated[int, typer.Option(min=1, help="Width of the language model.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens per image, without CLS.")] = 256,
+    cls: Annotated[bool, typer.Option(help="Each image has a CLS token besides.")] = True,
+    queries: Annotated[int, typer.Option(min=1, help="Side of a Perceiver's queries.")] = 16,
+    heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Default: of a Perceiver LANG_DIM / 128, of a ViT WIDTH / 64."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images per call; repeat. Default: 1, 8.")
+    ] = None,
+    dtype: Annotated[
+        list[KernelDtype] | None,
+        typer.Option(help="The projector's, or autocast's; repeat for more. Default: bfloat16."),
+    ] = None,
+    training: Annotated[bool, typer.Option(help="Time the backward as well.")] = True,
+) -> None:
+    """Time the kernels on this GPU beforehand and record the fastest configurations."""
+    with errors.status("importing torch"):
+        from visproj.progress import ConsoleProgress
+        from visproj.tune import TuningOptions, render_tuning
+        from visproj.tune import tune as run_tuning
+
+    kinds = tuple(member.value for member in kind or Kind)
+    dtypes = tuple(member.value for member in dtype or [KernelDtype.bfloat16])
+    shape = (width, lang_dim, tokens, cls, queries, heads)
+    options = TuningOptions(kinds, *shape, tuple(batch or (1, 8)), dtypes, training)
+    with ConsoleProgress(errors, "building the projectors") as progress:
+        report = run_tuning(options, progress=progress)
+    for line in render_tuning(report):
+        output.print(line)
 
 
 @app.command(
