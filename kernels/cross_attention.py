@@ -47,14 +47,20 @@ def load_tile(
     if DESCRIPTORS:
         tile = tiles.load([row, 0])
     else:
-        rows = row + tl.arange(0, ROWS)
-        cols = tl.arange(0, WIDTH)
-        tile = tl.load(
-            ptr + rows.to(tl.int64)[:, None] * stride_row + cols[None, :],
-            mask=(rows < length)[:, None] & (cols < width)[None, :],
-            other=0.0,
-        )
+        tile = load_rows(ptr, row, stride_row, length, width, ROWS, WIDTH)
     return tile
+
+
+@triton.jit
+def load_rows(ptr, row, stride_row, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The same through pointers."""
+    rows = row + tl.arange(0, ROWS)
+    cols = tl.arange(0, WIDTH)
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride_row + cols[None, :],
+        mask=(rows < length)[:, None] & (cols < width)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit

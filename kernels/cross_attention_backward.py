@@ -18,6 +18,7 @@ from visproj.kernels.cross_attention import (
     NO_CONSTANTS,
     describe_head,
     example_operands,
+    load_rows,
     load_tile,
     product_flops,
     shared_arguments,
@@ -214,28 +215,31 @@ def _cross_attention_bwd_dq_kernel(
     q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
     q = load_tile(q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
     stride_dout_row = heads * width
+    stride_dout_batch = tl.cast(queries, tl.int64) * stride_dout_row
+    k_ptr += head * stride_k_head
+    v_ptr += head * stride_v_head
+    dout_ptr += head * width
+    if DESCRIPTORS:  # of all images: each waits for all threads when it is made
+        k_tiles = tl.make_tensor_descriptor(
+            k_ptr, [batch, keys, width], [stride_k_batch, stride_k_row, 1], [1, BLOCK_L, WIDTH]
+        )
+        v_tiles = tl.make_tensor_descriptor(
+            v_ptr, [batch, keys, width], [stride_v_batch, stride_v_row, 1], [1, BLOCK_L, WIDTH]
+        )
+        dout_tiles = tl.make_tensor_descriptor(
+            dout_ptr,
+            [batch, queries, width],
+            [stride_dout_batch, stride_dout_row, 1],
+            [1, BLOCK_Q, WIDTH],
+        )
     dq = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     for step in range(0, min(images_per_part, batch - first_image)):
         image = first_image + step  # int64, as every offset below must be
-        k_head = k_ptr + image * stride_k_batch + head * stride_k_head
-        v_head = v_ptr + image * stride_v_batch + head * stride_v_head
-        dout_head = dout_ptr + image * queries * stride_dout_row + head * width
-        k_tiles = describe_head(k_head, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
-        v_tiles = describe_head(v_head, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
-        dout_tiles = describe_head(
-            dout_head, stride_dout_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS
-        )
-        dout = load_tile(
-            dout_head,
-            dout_tiles,
-            first,
-            stride_dout_row,
-            queries,
-            width,
-            BLOCK_Q,
-            WIDTH,
-            DESCRIPTORS,
-        )
+        if DESCRIPTORS:
+            dout = dout_tiles.load([image.to(tl.int32), first, 0]).reshape(BLOCK_Q, WIDTH)
+        else:
+            dout_head = dout_ptr + image * stride_dout_batch
+            dout = load_rows(dout_head, first, stride_dout_row, queries, width, BLOCK_Q, WIDTH)
         flat = (image * heads + head) * queries + rows
         lse = tl.load(lse_ptr + flat, mask=in_rows, other=float("inf"))
         log_sum = lse
@@ -245,18 +249,22 @@ def _cross_attention_bwd_dq_kernel(
         cell = image * stride_mask_batch + head * stride_mask_head
         for key in range(0, keys, BLOCK_L):
             cols = key + tl.arange(0, BLOCK_L)
-            k = load_tile(
-                k_head, k_tiles, key, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS
-            )
+            if DESCRIPTORS:
+                k = k_tiles.load([image.to(tl.int32), key, 0]).reshape(BLOCK_L, WIDTH)
+            else:
+                k_head = k_ptr + image * stride_k_batch
+                k = load_rows(k_head, key, stride_k_row, keys, width, BLOCK_L, WIDTH)
             dots = _rows_by_rows(q, k, PRECISION)
             cells = (cell + mask_rows)[:, None] + cols[None, :]
             scores = softmax_scores(dots, mask_ptr, cells, scale)
             if TAIL:
                 scores = tl.where((cols < keys)[None, :], scores, float("-inf"))
             p = _probabilities(scores, lse[:, None], log_sum[:, None], MASKED)
-            v = load_tile(
-                v_head, v_tiles, key, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS
-            )
+            if DESCRIPTORS:
+                v = v_tiles.load([image.to(tl.int32), key, 0]).reshape(BLOCK_L, WIDTH)
+            else:
+                v_head = v_ptr + image * stride_v_batch
+                v = load_rows(v_head, key, stride_v_row, keys, width, BLOCK_L, WIDTH)
             dp = _rows_by_rows(dout, v, PRECISION)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
