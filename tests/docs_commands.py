@@ -49,7 +49,7 @@ NOT_RUN = {
     "python tests/sanitizer/gate.py -q": STEP,
     "pip install --ignore-requires-python --no-deps ttsem==0.1.0 triton==3.8.0": STEP,
     "python -m benchmarks.codegen --arch 90 --dtype bf16": STEP + ", for all architectures",
-    "visproj tune --kind perceiver --batch 1 --batch 32": "needs a GPU; tests/test_tune.py has none",
+    "visproj tune --kind perceiver --batch 1 --batch 32": "needs a GPU; the tests do without",
     "pytest -s tests/test_positions.py": "one file of those that `pytest` runs",
     ".ci/run": "runs this",
     "python tests/docs_commands.py": "is this",
