@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -95,6 +96,8 @@ class _Operands(NamedTuple):
     rstd: Tensor
     gain: Tensor
     shift: Tensor | None
+    dweight: Tensor
+    dbias: Tensor
 
 
 def linear_bwd_weight(
@@ -105,7 +108,9 @@ def linear_bwd_weight(
     gain: Tensor,
     shift: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    dweight: Tensor,
+    dbias: Tensor,
+) -> None:
     """Gradients of ``W`` and ``b`` in ``LayerNorm(y) Wᵀ + b``; the rows are normalised again.
 
     Args:
@@ -116,52 +121,36 @@ def linear_bwd_weight(
         gain: ``[K]``.
         shift: ``[K]`` or ``None``.
         eps: Added to the variance.
-
-    Returns:
-        ``[N, K]`` and ``[N]`` in the dtype of ``y``.
+        dweight: Where the gradient of ``W`` goes, contiguous ``[N, K]``.
+        dbias: Where that of ``b`` goes, contiguous ``[N]``.
     """
-    operands = _Operands(*contiguous(grad, y, mean, rstd, gain, shift))
+    operands = _Operands(*contiguous(grad, y, mean, rstd, gain, shift), dweight, dbias)
     precision = dot_precision(y.dtype)
     key = key_of("linear_bwd_weight", operands, eps, precision)
-    return recall(key, lambda: _plan(operands, eps, precision))(operands)
+    recall(key, lambda: _plan(operands, eps, precision))(operands)
 
 
-_Result = tuple[Tensor, Tensor]
+def _start(launch: Launch, operands: _Operands) -> None:
+    launch(**{f"{name}_ptr": tensor for name, tensor in operands._asdict().items()})
 
 
-def _start(launch: Launch, operands: _Operands) -> _Result:
-    """Allocate and launch."""
-    grad, y, mean, rstd, gain, shift = operands
-    dweight = y.new_empty(grad.shape[1], y.shape[1])
-    dbias = y.new_empty(grad.shape[1])
-    launch(
-        grad_ptr=grad,
-        y_ptr=y,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        gain_ptr=gain,
-        shift_ptr=shift,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
-    )
-    return dweight, dbias
-
-
-def _in_pytorch(eps: float, operands: _Operands) -> _Result:
+def _in_pytorch(eps: float, operands: _Operands) -> None:
     """The normalised rows are stored once more."""
-    grad, y, _, _, gain, shift = operands
-    options = {"out_dtype": y.dtype, "in_place": False, "statistics": False}
-    return grad.T @ layer_norm_fwd(y, gain, shift, eps, **options)[0], grad.sum(0)
+    grad, y, _, _, gain, shift, dweight, dbias = operands
+    options: dict[str, Any] = {"out_dtype": y.dtype, "in_place": False, "statistics": False}
+    normal, *_ = layer_norm_fwd(y, gain, shift, eps, **options)
+    torch.mm(grad.T, normal, out=dweight)
+    torch.sum(grad, 0, out=dbias)
 
 
 def _plan(
     operands: _Operands, eps: float, precision: str
-) -> tuple[Callable[[_Operands], _Result], bool]:
+) -> tuple[Callable[[_Operands], None], bool]:
     """Choose a configuration or PyTorch's way; returns whether that is settled as well."""
     grad, y, *_ = operands
     (M, N), K = grad.shape, y.shape[1]
 
-    def plan(choice: Config | Library) -> Callable[[_Operands], _Result]:
+    def plan(choice: Config | Library) -> Callable[[_Operands], None]:
         if isinstance(choice, Library):
             return partial(_in_pytorch, eps)
         block_n, block_k, block_m = choice.blocks
@@ -199,7 +188,9 @@ def _plan(
 def _example(s: Sizes) -> object:
     rows = s.images * s.length
     grad, y, mean = s.tensor(rows, s.outputs), s.tensor(rows, s.inputs), s.statistics(rows)
-    return linear_bwd_weight(grad, y, mean, mean, s.tensor(s.inputs), s.tensor(s.inputs), 1e-12)
+    gain, dweight, dbias = s.tensor(s.inputs), s.tensor(s.outputs, s.inputs), s.tensor(s.outputs)
+    linear_bwd_weight(grad, y, mean, mean, gain, gain, 1e-12, dweight, dbias)
+    return dweight, dbias
 
 
 register(

@@ -170,11 +170,11 @@ def _linear(x, weight, bias):
 
 
 def evaluate(function, tensors, upstream):
-    """The output of ``function`` and the gradients of all its tensors."""
+    """The output of ``function`` and the gradients of all its tensors, 0 where it needs none."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
     given = [leaf for leaf in leaves if leaf is not None]
-    return [out.detach(), *torch.autograd.grad(out, given, upstream)]
+    return [out.detach(), *torch.autograd.grad(out, given, upstream, materialize_grads=True)]
 
 
 def check_op(op, oracle, tensors, *, eager=None, upstream=None):

@@ -132,8 +132,8 @@ def linear_norm_linear(
     norm: Any,
     outer_weight: Tensor,
     outer_bias: Tensor | None,
-    **positions: Any,
-) -> Tensor:
+    **others: Any,
+) -> Any:
     """``norm(linear(x)) outer_weightᵀ + outer_bias`` as one operation, likewise."""
     inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
-    return ops.linear_norm_linear(x, *inner, outer_weight, outer_bias, **positions)
+    return ops.linear_norm_linear(x, *inner, outer_weight, outer_bias, **others)

@@ -17,8 +17,14 @@ def formula(grad, y, mean, rstd, gain, shift):
     return grad.T @ normal.to(y.dtype), grad.sum(0)
 
 
-def launch(operands):
-    return kernels.linear_bwd_weight(*operands.values(), eps=1e-12)
+def launch(operands, bases=(0, 0)):
+    """Both gradients, written so many elements into other tensors."""
+    grad, y, *_ = operands.values()
+    N, K = grad.shape[1], y.shape[1]
+    dweight = y.new_empty(bases[0] + N * K)[bases[0] :].view(N, K)
+    dbias = y.new_empty(bases[1] + N)[bases[1] :]
+    kernels.linear_bwd_weight(*operands.values(), 1e-12, dweight, dbias)
+    return dweight, dbias
 
 
 def check(operands):
@@ -133,6 +139,16 @@ def test_repeats_are_bit_equal(style, tiles, device):
     tiles(style)
     operands = made(194, 40, 48, torch.bfloat16, device)
     assert all(map(torch.equal, launch(operands), launch(operands)))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients_in_slices_of_others(style, tiles, device):
+    """Aligned or not, in turn."""
+    tiles(style)
+    operands = made(37, 40, 48, torch.bfloat16, device)
+    wanted = launch(operands)
+    for bases in ((0, 0), (40 * 48, 40), (3, 0), (0, 5), (0, 0)):
+        assert all(map(torch.equal, launch(operands, bases), wanted))
 
 
 def test_outlier_channels(tiles, device):

@@ -140,6 +140,37 @@ def test_optional_tensors(L, absent, style, tiles, device):
     check_norm(tensors[:5])
 
 
+@pytest.mark.parametrize("used", ["both", "rows", "queries"])
+@pytest.mark.parametrize("queried", [8, 5, 0, 24])
+@pytest.mark.parametrize(("style", "dtype"), cases([("pointers", "fp32"), ("descriptors", "bf16")]))
+def test_a_joint_weight(queried, used, style, dtype, tiles, device):
+    """Its first outputs are those of queries, whatever of the two results is used."""
+    tiles(style)
+    dtype = DTYPES[dtype]
+    tensors = linear_norm_linear(2, 9, 24, 40, 24, dtype, device)
+    tensors.append(random(7, 40, dtype=dtype, device=device))
+    positioned = (24 - queried) // 2
+    numbers = {"positioned": positioned, "queried": queried}
+
+    def result(rows, projected):
+        both = {"rows": rows, "queries": projected}
+        chosen = both.values() if used == "both" else [both[used]]
+        return torch.cat([part.flatten() for part in chosen])
+
+    def op(*tensors, backend):
+        *first, out_weight, out_bias, positions, queries = tensors
+        given = {"positions": positions, "queries": queries, **numbers, "backend": backend}
+        return result(*ops.linear_norm_linear(*first, 1e-12, out_weight, out_bias, **given))
+
+    def oracle(*tensors):
+        *first, weight, bias, positions, queries = tensors
+        others = weight[queried:], bias[queried:], positions, positioned
+        projected = queries @ weight[:queried].T + bias[:queried]
+        return result(linear_norm_linear_oracle(*first, *others), projected)
+
+    check_op(op, oracle, tensors)
+
+
 def suits(tensor, layout):
     """Whether a layout is for tensors of this many dimensions."""
     return tensor.ndim == 3 or layout in {

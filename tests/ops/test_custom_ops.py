@@ -27,7 +27,9 @@ def norm_inputs(**options):
 
 
 def chain_inputs(**options):
-    return [*norm_inputs(**options), *(random(*s, **options) for s in ((N, D), (N,), (L, D)))]
+    """Weights of four outputs of the queries and N others."""
+    shapes = ((4 + N, D), (4 + N,), (L, D), (Q, D))
+    return [*norm_inputs(**options), *(random(*shape, **options) for shape in shapes)]
 
 
 def folded_inputs(**options):
@@ -60,6 +62,7 @@ def forward(case, save, **options):
         return linear_norm_linear._linear_norm_linear_fwd.custom, (
             *chain_inputs(**options),
             10,
+            4,
             1e-5,
             save,
         )
@@ -82,13 +85,17 @@ def backward(case, needs_dx=True, **options):
             needs_dx,
         )
     if case == "linear_norm_linear":
-        x, weight, _, gain, shift, out_weight, _, positions = args[:8]
-        tensors = (x, weight, gain, shift, out_weight, positions, *saved)
+        x, weight, _, gain, shift, out_weight, _, positions, queries = args[:9]
+        projected, *saved = saved
+        others = (positions, queries, *saved)
+        tensors = (torch.randn_like(projected), x, weight, gain, shift, out_weight, *others)
         return linear_norm_linear._linear_norm_linear_bwd.custom, (
             grad,
             *tensors,
             10,
+            4,
             1e-5,
+            needs_dx,
             needs_dx,
             needs_dx,
         )
@@ -141,9 +148,14 @@ def public(case, backend="triton"):
     if case == "linear_layer_norm":
         return lambda *t: ops.linear_layer_norm(*t, backend=backend)
     if case == "linear_norm_linear":
-        return lambda x, w, b, g, s, v, d, p: ops.linear_norm_linear(
-            x, w, b, g, s, 1e-12, v, d, positions=p, positioned=10, backend=backend
-        )
+
+        def both(x, w, b, g, s, v, d, positions, queries):
+            """The two results in one tensor."""
+            others = {"positions": positions, "positioned": 10, "queries": queries, "queried": 4}
+            found = ops.linear_norm_linear(x, w, b, g, s, 1e-12, v, d, **others, backend=backend)
+            return torch.cat([out.flatten() for out in found])
+
+        return both
     return lambda q, kv: ops.cross_attention(q, kv, backend=backend)
 
 

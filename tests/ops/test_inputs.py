@@ -21,7 +21,8 @@ def arguments(name):
         "linear_norm_linear": {
             "x": torch.ones(2, L, C), "weight": wide, "bias": vector, "gain": vector,
             "shift": vector, "eps": 1e-5, "out_weight": torch.ones(N, D), "out_bias": torch.ones(N),
-            "positions": torch.ones(L, D), "positioned": 2,
+            "positions": torch.ones(L, D), "positioned": 1, "queries": torch.ones(5, D),
+            "queried": 1,
         },
         "folded_linear": {
             "x": torch.ones(2, L, C), "weight": wide, "bias": vector, "eps": 1e-5,
@@ -65,7 +66,8 @@ def call(operation, **changes):
 def test_the_arguments_are_good(operation):
     parameters = set(inspect.signature(getattr(ops, operation)).parameters) - {"backend"}
     assert set(arguments(operation)) | {"eps"} == parameters | {"eps"}
-    assert call(operation).numel()
+    found = call(operation)
+    assert all(out.numel() for out in (found if isinstance(found, tuple) else (found,)))
 
 
 @EACH_TENSOR
@@ -120,7 +122,19 @@ def test_a_tensor_that_is_needed(operation, name):
         call(operation, **{name: None})
 
 
-@pytest.mark.parametrize("positioned", [-1, N + 1, 1.5, None])
+@pytest.mark.parametrize("positioned", [-1, N, 1.5, None])
 def test_positioned(positioned):
-    with pytest.raises(InputError, match="positioned must be an int between 0 and 3, got"):
+    """Of those outputs that are not the queries'."""
+    with pytest.raises(InputError, match="positioned must be an int between 0 and 2, got"):
         call("linear_norm_linear", positioned=positioned)
+
+
+@pytest.mark.parametrize("queried", [-1, N + 1, 1.5, None])
+def test_queried(queried):
+    with pytest.raises(InputError, match="queried must be an int between 0 and 3, got"):
+        call("linear_norm_linear", queried=queried)
+
+
+def test_queried_without_queries():
+    with pytest.raises(InputError, match="queried must be an int between 0 and 0, got 1"):
+        call("linear_norm_linear", queries=None)

@@ -88,7 +88,8 @@ def test_linear_bwd_weight(tiles, descriptors, dtype):
     gain, shift = random(K, dtype=dtype), random(K, dtype=dtype)
     normal = (y.double() - mean.double()[:, None]) * rstd.double()[:, None]
     normal = normal * gain.double() + shift.double()
-    dweight, dbias = linear_bwd_weight(grad, y, mean, rstd, gain, shift, 1e-12)
+    dweight, dbias = grad.new_empty(N, K), grad.new_empty(N)
+    linear_bwd_weight(grad, y, mean, rstd, gain, shift, 1e-12, dweight, dbias)
     check(dweight, grad.double().T @ normal, dtype)
     check(dbias, grad.double().sum(0), dtype)
 

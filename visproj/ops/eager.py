@@ -34,18 +34,32 @@ def linear_norm_linear(
     out_weight: Tensor,
     out_bias: Tensor | None,
     positions: Tensor | None,
+    queries: Tensor | None,
     positioned: int,
+    queried: int,
     eps: float,
-) -> Tensor:
-    """``LayerNorm(x Wᵀ + b) Vᵀ + d``."""
+) -> tuple[Tensor, Tensor | None]:
+    """``LayerNorm(x Wᵀ + b) Vᵀ + d``, and the queries' own product."""
+    first, (out_weight, out_bias) = queried_and_others(out_weight, out_bias, queried)
+    projected = None if queries is None else F.linear(queries, *first)
     normal = F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)
     if positions is None:
-        return F.linear(normal, out_weight, out_bias)
+        return F.linear(normal, out_weight, out_bias), projected
     split = (positioned, out_weight.shape[0] - positioned)
     weights = out_weight.split(split)
     biases = (None, None) if out_bias is None else out_bias.split(split)
     rows = (normal + positions, normal)
-    return torch.cat([F.linear(*parts) for parts in zip(rows, weights, biases, strict=True)], -1)
+    outs = [F.linear(*parts) for parts in zip(rows, weights, biases, strict=True)]
+    return torch.cat(outs, -1), projected
+
+
+def queried_and_others(
+    weight: Tensor, bias: Tensor | None, queried: int
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the outputs that are the queries', and of the others."""
+    first, others = weight.tensor_split([queried])
+    first_bias, other_bias = (None, None) if bias is None else bias.tensor_split([queried])
+    return (first, first_bias), (others, other_bias)
 
 
 def folded_linear(

@@ -12,6 +12,7 @@ from visproj.backend import runs_triton
 from visproj.errors import InputError
 from visproj.ops import eager
 from visproj.ops.autograd import (
+    EMPTY,
     MAX_NORM_WIDTH,
     Operation,
     forbid_second_derivative,
@@ -34,7 +35,9 @@ class Inputs(NamedTuple):
     out_weight: Tensor
     out_bias: Tensor | None
     positions: Tensor | None
+    queries: Tensor | None
     positioned: int
+    queried: int
     eps: float
     save: bool
 
@@ -43,19 +46,23 @@ class BackwardInputs(NamedTuple):
     """Arguments of the backward operation."""
 
     grad: Tensor  # of the output
+    grad_queries: Tensor | None  # of the queries' product
     x: Tensor
     weight: Tensor
     gain: Tensor
     shift: Tensor | None
     out_weight: Tensor
     positions: Tensor | None
+    queries: Tensor | None
     y: Tensor  # x Wᵀ + b
     mean: Tensor  # of the rows of y, as rstd
     rstd: Tensor
     positioned: int
+    queried: int
     eps: float
     needs_dx: bool
     needs_dpositions: bool
+    needs_dqueries: bool
 
 
 def linear_norm_linear(
@@ -70,8 +77,10 @@ def linear_norm_linear(
     *,
     positions: Tensor | None = None,
     positioned: int = 0,
+    queries: Tensor | None = None,
+    queried: int = 0,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """A Linear on the normalised rows of another: ``LayerNorm(x Wᵀ + b) Vᵀ + d``.
 
     The rows are normalised in place where no backward needs them; for a backward only ``y = x Wᵀ +
@@ -84,15 +93,19 @@ def linear_norm_linear(
         gain: ``[D]``.
         shift: ``[D]`` or ``None``.
         eps: Added to the variance.
-        out_weight: ``V``, ``[N, D]``.
-        out_bias: ``d``, ``[N]`` or ``None``.
+        out_weight: ``V``, ``[queried + N, D]``.
+        out_bias: ``d``, ``[queried + N]`` or ``None``.
         positions: ``[L, D]``, added to every image's normalised rows for the first ``positioned``
             outputs only; their product with ``V`` is made once for all images.
         positioned: How many outputs see the positions.
+        queries: ``[Q, D]``, rows as they are that the first outputs are for, as of an attention's
+            joint projection: its gradient is then written in one piece. Or ``None``.
+        queried: How many outputs are the queries'; ``x`` has the others.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
     Returns:
-        ``[B, L, N]`` in the dtype of ``x``, under autocast in its dtype.
+        ``[B, L, N]`` in the dtype of ``x``, under autocast in its dtype; with queries also their
+        product, ``[Q, queried]``.
 
     Raises:
         TypeError: If ``x`` is not floating point or, outside autocast, the dtypes differ.
@@ -101,16 +114,18 @@ def linear_norm_linear(
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
     """
-    operands = (x, weight, bias, gain, shift, out_weight, out_bias, positions)
-    inputs = Inputs(*operands, positioned, eps, save=False)
+    operands = (x, weight, bias, gain, shift, out_weight, out_bias, positions, queries)
+    inputs = Inputs(*operands, positioned, queried, eps, save=False)
     _check(inputs)
-    D, N = weight.shape[0], out_weight.shape[0]
+    D, N = weight.shape[0], out_weight.shape[0] - queried
     too_wide = f"D is {D}, more than {MAX_NORM_WIDTH}" if D > MAX_NORM_WIDTH else None
     if not runs_triton(x, backend, unsupported=too_wide) or not x.numel() * D * N:
-        return eager.linear_norm_linear(*inputs[:-1])
-    save = saves_for_backward(*operands)
-    given = (*to_autocast_dtype(*operands), positioned, eps, save)
-    return _linear_norm_linear_fwd(*given, differentiable=save)[0]
+        out, projected = eager.linear_norm_linear(*inputs[:-1])
+    else:
+        save = saves_for_backward(*operands)
+        given = (*to_autocast_dtype(*operands), positioned, queried, eps, save)
+        out, projected, *_ = _linear_norm_linear_fwd(*given, differentiable=save)
+    return out if queries is None else (out, projected)
 
 
 def _check(inputs: Inputs) -> None:
@@ -119,7 +134,7 @@ def _check(inputs: Inputs) -> None:
     check_all_floating(x=x, weight=weight, out_weight=out_weight, gain=inputs.gain)
     if weight.ndim != 2 or out_weight.ndim != 2 or out_weight.shape[1] != weight.shape[0]:
         raise InputError(
-            "weight must be [D, C] and out_weight [N, D], got shapes "
+            "weight must be [D, C] and out_weight [queried + N, D], got shapes "
             f"{list(weight.shape)} and {list(out_weight.shape)}"
         )
     if x.ndim != 3 or x.shape[-1] != weight.shape[1]:
@@ -134,21 +149,34 @@ def _check(inputs: Inputs) -> None:
         "out_bias": (inputs.out_bias, (N,)),
         "positions": (inputs.positions, (x.shape[1], D)),
     }
+    queries = inputs.queries
+    if queries is not None:
+        check_all_floating(queries=queries)
+        wanted["queries"] = queries, (*queries.shape[:1], D)
     check_operands("x", x, wanted)
+    most = 0 if queries is None else N
+    if not isinstance(inputs.queried, int) or not 0 <= inputs.queried <= most:
+        raise InputError(f"queried must be an int between 0 and {most}, got {inputs.queried}")
+    N -= inputs.queried
     if not isinstance(inputs.positioned, int) or not 0 <= inputs.positioned <= N:
         raise InputError(f"positioned must be an int between 0 and {N}, got {inputs.positioned}")
 
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
+    """The results, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
     from visproj.kernels.linear import Epilogue, library_product, linear_fwd
 
     given = Inputs(*inputs)
     x, weight, bias = given.x, given.weight, given.bias
-    table = None
+    (query_weight, query_bias), (out_weight, out_bias) = eager.queried_and_others(
+        given.out_weight, given.out_bias, given.queried
+    )
+    projected = table = None
+    if given.queries is not None:
+        projected = F.linear(given.queries, query_weight, query_bias)
     if given.positions is not None:
-        table = F.linear(given.positions, given.out_weight[: given.positioned])
+        table = F.linear(given.positions, out_weight[: given.positioned])
     # What a library's product would have to copy first, as features without their CLS row.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, Epilogue(bias))
     normal, mean, rstd = layer_norm_fwd(
@@ -161,40 +189,47 @@ def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
         statistics=given.save,
     )
     if table is None:
-        out = library_product(normal, given.out_weight, given.out_bias)
+        out = library_product(normal, out_weight, out_bias)
     else:
-        out = linear_fwd(normal, given.out_weight, Epilogue(given.out_bias, table=table))
-    return out, y if given.save else None, mean, rstd
+        out = linear_fwd(normal, out_weight, Epilogue(out_bias, table=table))
+    return out, projected, y if given.save else None, mean, rstd
 
 
 _linear_norm_linear_fwd = Operation(
-    "linear_norm_linear_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor)", _run_fwd
+    "linear_norm_linear_fwd", Inputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _run_fwd
 )
 
 
 @_linear_norm_linear_fwd.custom.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
     given = Inputs(*inputs)
-    x = given.x
-    out, y = (x.new_empty((*x.shape[:-1], w.shape[0])) for w in (given.out_weight, given.weight))
-    return (out, *saved_like(y)) if given.save else (out, *nothing_saved(x))
+    x, queries = given.x, given.queries
+    out = x.new_empty((*x.shape[:-1], given.out_weight.shape[0] - given.queried))
+    projected = x.new_empty(EMPTY if queries is None else (queries.shape[0], given.queried))
+    y = x.new_empty((*x.shape[:-1], given.weight.shape[0]))
+    return (out, projected, *(saved_like(y) if given.save else nothing_saved(x)))
 
 
 def _run_bwd(*inputs: Any) -> list[Tensor]:
-    """dweight, dbias, dgain, dshift, dout_weight, dout_bias; dx and dpositions where wanted."""
+    """Those of all weights; dx, dpositions and dqueries where wanted."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
 
     given = BackwardInputs(*inputs)
     grad, x, y = given.grad, given.x, given.y
-    gain, out_weight = given.gain, given.out_weight
+    gain, queried = given.gain, given.queried
+    query_weight, out_weight = given.out_weight.tensor_split([queried])
     rows = grad.flatten(0, 1)
     norm = [t.flatten(0, 1) for t in (y, given.mean, given.rstd)]
     dy, *sums = layer_norm_bwd(rows @ out_weight, *norm, gain, in_place=True)
     dgain, dshift, dbias = (t.to(gain.dtype) for t in sums)
-    dout_weight, dout_bias = linear_bwd_weight(rows, *norm, gain, given.shift, given.eps)
+    whole = torch.empty_like(given.out_weight, memory_format=torch.contiguous_format)
+    whole_bias = whole.new_empty(len(whole))
+    dquery_weight, dout_weight = whole.tensor_split([queried])
+    dquery_bias, dout_bias = whole_bias.tensor_split([queried])
+    linear_bwd_weight(rows, *norm, gain, given.shift, given.eps, dout_weight, dout_bias)
     dweight = dy.T @ x.reshape(-1, x.shape[-1])
-    gradients = [dweight, dbias, dgain, dshift, dout_weight, dout_bias]
+    gradients = [dweight, dbias, dgain, dshift, whole, whole_bias]
     if given.needs_dx:
         gradients.append((dy @ given.weight).reshape(x.shape))
     if given.positions is not None:
@@ -202,6 +237,14 @@ def _run_bwd(*inputs: Any) -> list[Tensor]:
         dout_weight[: given.positioned].addmm_(dtable.T, given.positions)
         if given.needs_dpositions:
             gradients.append(dtable @ out_weight[: given.positioned])
+    if given.queries is not None:
+        dprojected = given.grad_queries
+        if dprojected is None:
+            dprojected = given.queries.new_zeros(len(given.queries), queried)
+        torch.mm(dprojected.T, given.queries, out=dquery_weight)
+        torch.sum(dprojected, 0, out=dquery_bias)
+        if given.needs_dqueries:
+            gradients.append(dprojected @ query_weight)
     return gradients
 
 
@@ -211,30 +254,39 @@ _linear_norm_linear_bwd = Operation("linear_norm_linear_bwd", BackwardInputs, "T
 @_linear_norm_linear_bwd.custom.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     given = BackwardInputs(*inputs)
-    x = given.x
+    x, queries = given.x, given.queries
     N, D = given.out_weight.shape
     shapes: list[tuple[int, ...]] = [given.weight.shape, (D,), (D,), (D,), (N, D), (N,)]
     shapes += [x.shape] * given.needs_dx + [(x.shape[1], D)] * given.needs_dpositions
+    if queries is not None and given.needs_dqueries:
+        shapes.append(queries.shape)
     return [x.new_empty(shape) for shape in shapes]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = Inputs(*inputs)
-    ctx.positioned, ctx.eps = given.positioned, given.eps
+    ctx.settings = given.positioned, given.queried, given.eps
     ctx.absent = [name for name in ("bias", "shift", "out_bias") if getattr(given, name) is None]
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     x, weight, gain, shift = given.x, given.weight, given.gain, given.shift
-    ctx.save_for_backward(x, weight, gain, shift, given.out_weight, given.positions, *output[1:])
+    ctx.shape = output[0].shape
+    others = given.positions, given.queries
+    ctx.save_for_backward(x, weight, gain, shift, given.out_weight, *others, *output[2:])
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_queries: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
     if grad is None:
-        return in_order(Inputs)
+        if grad_queries is None:
+            return in_order(Inputs)
+        grad = saved[0].new_zeros(ctx.shape)
     needed = Inputs(*ctx.needs_input_grad)
-    wanted = ctx.positioned, ctx.eps, needed.x, needed.positions
+    wanted = *ctx.settings, needed.x, needed.positions, needed.queries
     again = torch.is_grad_enabled()
-    found = _linear_norm_linear_bwd(grad, *ctx.saved_tensors, *wanted, differentiable=again)
+    found = _linear_norm_linear_bwd(grad, grad_queries, *saved, *wanted, differentiable=again)
     dweight, dbias, dgain, dshift, dout_weight, dout_bias, *others = found
     gradients = {
         "weight": dweight,
@@ -244,7 +296,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         "out_weight": dout_weight,
         "out_bias": dout_bias,
         "x": others.pop(0) if needed.x else None,
-        "positions": others.pop() if needed.positions else None,
+        "positions": others.pop(0) if needed.positions else None,
+        "queries": others.pop(0) if needed.queries else None,
     }
     return in_order(Inputs, **gradients | dict.fromkeys(ctx.absent))
 

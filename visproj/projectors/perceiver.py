@@ -111,28 +111,30 @@ class AttentionResampler(Resampler):
         """
         queries, positions = self._queries_and_positions(grid)
         attn, width = self.attn, self.embed_dim
-        bias = attn.in_proj_bias
-        split = (width, 2 * width)
-        w_q, w_kv = attn.in_proj_weight.split(split)
-        b_q, b_kv = (None, None) if bias is None else bias.split(split)
-        q = F.linear(queries, w_q, b_q).unflatten(-1, (self.num_heads, -1))  # [Q, H, d]
+        weight, bias = attn.in_proj_weight, attn.in_proj_bias
+        heads = (self.num_heads, -1)
         if ops.runs_triton(features) and is_plain(self, _NORMALISED):
-            kv = linear_norm_linear(
+            given = {"positions": positions, "queries": queries}
+            kv, q = linear_norm_linear(
                 features,
                 self.kv_proj,
                 self.ln_kv,
-                w_kv,
-                b_kv,
-                positions=positions,
+                weight,
+                bias,
+                **given,
                 positioned=width,
+                queried=width,
             )
-            return q, kv.unflatten(-1, (2, self.num_heads, -1)), None  # [B, L, 2, H, d]
+            # [Q, H, d] and [B, L, 2, H, d]
+            return q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads)), None
         values = self._normalised(features)
-        b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
-        w_k, w_v = w_kv.chunk(2)
-        k, v = F.linear(values + positions, w_k, b_k), F.linear(values, w_v, b_v)
-        heads = (self.num_heads, -1)
-        return q, k.unflatten(-1, heads), v.unflatten(-1, heads)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        rows = queries, values + positions, values
+        q, k, v = (
+            F.linear(*parts).unflatten(-1, heads)
+            for parts in zip(rows, weight.chunk(3), biases, strict=True)
+        )
+        return q, k, v
 
     def finish(self, attended: Tensor) -> Tensor:
         """As :meth:`Resampler.finish`."""
