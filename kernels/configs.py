@@ -88,7 +88,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "p64x64/8w2s",
         "p64x64/8w2s",
         "d128x64/8w2s d64x64/4w2s p64x64/8w2s",
-        "d128x64/8w1s d64x64/8w2s p64x32/4w1s",
+        "d64x64/8w2s p64x32/4w1s",
         "d64x64/8w2s p64x64/8w2s",
     ),
     "cross_attention_fwd_wide": (
