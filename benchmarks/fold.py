@@ -106,11 +106,6 @@ def own_peak_mib(name: str, batch: int) -> float:
     return (status("VmHWM") - before) / 1024
 
 
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """``rms(got - truth) / rms(truth)``."""
-    return ((got.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
-
-
 def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
     """Error of upstream's module and the folded ones at a small width, mean over four seeds."""
     found: dict[str, list[float]] = {"upstream": [], "folded": [], "folded, Triton": []}
@@ -124,10 +119,10 @@ def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
             x[..., [7, 50, 33]] *= torch.tensor([40.0, 25.0, 15.0])
         x = x.to(dtype)
         truth = projector_ref(projector, x)
-        found["upstream"].append(relative_error(upstream(x), truth))
-        found["folded"].append(relative_error(fold(projector)(x), truth))
+        found["upstream"].append(measure.relative_error(upstream(x), truth))
+        found["folded"].append(measure.relative_error(fold(projector)(x), truth))
         with use_backend("triton"):
-            found["folded, Triton"].append(relative_error(fold(projector)(x), truth))
+            found["folded, Triton"].append(measure.relative_error(fold(projector)(x), truth))
     return {name: statistics.mean(values) for name, values in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""Clocks, spreads and what the profiler sees."""
+"""Clocks, spreads, errors and what the profiler sees."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,6 +43,11 @@ def spread(samples: Sequence[float]) -> Spread:
 def ratios(others: Sequence[float], own: Sequence[float]) -> Spread:
     """How many times longer the other takes, pair by pair: what slows both down cancels."""
     return spread([a / b for a, b in zip(others, own, strict=True)])
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """``rms(got - truth) / rms(truth)``."""
+    return ((got.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
 def synchronise(device: torch.device) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import relative_error
+
 Run = Callable[[Tensor], Tensor]
 
 # fp32 sums of a few thousand terms in another order, several in a row.
@@ -37,7 +39,7 @@ def runtime_calls(modules: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of exporters, about their own code
                     call = build(module, x)
-                    difference = _difference(call(x), module(x))
+                    difference = relative_error(call(x), module(x))
             except Exception as error:  # each of the three has errors of its own
                 reason = str(error).strip().partition("\n")[0]
                 missing.append(f"{label}: {type(error).__name__}: {reason}")
@@ -47,11 +49,6 @@ def runtime_calls(modules: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str
             else:
                 calls[label] = call
     return calls, missing
-
-
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    """``rms(got - wanted) / rms(wanted)``."""
-    return ((got - wanted).square().mean() / wanted.square().mean()).sqrt().item()
 
 
 def _compiled(module: nn.Module, x: Tensor) -> Run:

@@ -373,17 +373,9 @@ class _FoldedPlan(NamedTuple):
     squares: _Plan
     product: _Plan
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        stats_weight: Tensor,
-        stats_bias: Tensor,
-        shift: Tensor | None,
-        table: Tensor | None,
-        eps: float,
-    ) -> Tensor:
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Take those of :func:`folded_linear_fwd`; eps is in the plan."""
+        x, weight, bias, stats_weight, stats_bias, shift, table, _ = arguments
         squares = self.squares(_Operands(x, stats_weight, stats_bias))
         return self.product(_Operands(x, weight, bias, squares, shift, table))
 
@@ -399,7 +391,8 @@ def _plan_folded(
     scaled = _Operands(x, weight, bias, squares, shift, table)
     plan, also = _plan(scaled, _Product(precision, len(squares), eps))
     ours = _FoldedPlan(squares_plan, plan)
-    if library is None or not (settled and also):
+    # Before it is scaled, a product may be more than fp16 holds: the kernel has it in fp32.
+    if library is None or x.dtype == torch.float16 or not (settled and also):
         return ours, settled and also
     ways: dict[Any, Callable[..., Tensor]] = {"kernels": ours, LIBRARY: library}
     shape = x.shape[0] * x.shape[1], *weight.shape, table is not None, precision

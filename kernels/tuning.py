@@ -61,8 +61,8 @@ def choose(
     fastest, in this process and in :func:`cache_file`. While a CUDA
     graph is captured, in an initialised process group, under the interpreter and with
     ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else :func:`untimed`.
-    ``VISPROJ_AUTOTUNE=0`` takes that always, and so does a first use without the memory to time
-    anything. A choice that fails is passed over.
+    ``VISPROJ_AUTOTUNE=0`` takes that always, and so does a first use without the memory that timing
+    itself takes. A choice that fails, or runs out of memory, is passed over.
 
     Args:
         kernel: Its name.
@@ -140,7 +140,7 @@ def _read_or_timed(
     path = cache_file()
     if path is not None and path not in _files_read:
         _files_read.add(path)
-        _chosen.update(_read(path))
+        _chosen.update(recorded(path))
     if (known := by_name.get(_chosen.get(key, ""))) is not None:
         return known
     if torch.cuda.is_current_stream_capturing() or _distributed():
@@ -151,7 +151,7 @@ def _read_or_timed(
         return None
     _chosen[key] = str(best)
     if path is not None:
-        _write(path, {**_read(path), key: str(best)})
+        _write(path, {**recorded(path), key: str(best)})
     return best
 
 
@@ -168,20 +168,29 @@ def _fastest(kernel: str, choices: Sequence[C], prepare: Callable[[C], Callable[
 
 
 def _milliseconds(run: Callable[[], object]) -> float | RuntimeError:
-    """Time a call, or return its error."""
+    """Time a call, or return its own error; that timing itself has no memory is raised."""
+    failed: list[RuntimeError] = []
+
+    def call() -> None:
+        try:
+            run()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            failed.append(error)
+            raise
+
     try:
-        return triton.testing.do_bench(run, warmup=5, rep=20)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return error
+        return triton.testing.do_bench(call, warmup=5, rep=20)
+    except RuntimeError:
+        if not failed:
+            raise
+        return failed[0]
 
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _read(path: Path) -> dict[str, str]:
+def recorded(path: Path) -> dict[str, str]:
     """What earlier processes chose. What cannot be read or understood counts as not there."""
     try:
         stored = read_json_object(path)

@@ -350,18 +350,6 @@ def test_compiles_whole_and_exports(kind, triton):
     torch.testing.assert_close(torch.export.export(folded, (x,)).module()(x), wanted, **EXACT)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_inductor_compiles_it_for_small_batches(kind, device):
-    """On a GPU as CUDA graphs; elsewhere this mode is inductor alone."""
-    folded = fold(make(kind, dtype=torch.float32).to(device))
-    x = features(1, 257, dtype=torch.float32).to(device)
-    compiled = torch.compile(folded, mode="reduce-overhead", fullgraph=True)
-    for _ in range(3):  # a graph is recorded in the second call, and replayed in the third
-        assert rms_error(compiled(x), folded(x)) < 1e-6
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_refused(kind):
     folded = fold(make(kind))

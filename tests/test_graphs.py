@@ -1,11 +1,12 @@
-"""What a CUDA graph is refused for, without a GPU."""
+"""What a CUDA graph is refused for, without a GPU, and the compiler's mode that records them."""
 
 import numpy as np
 import pytest
 import torch
+from helpers import features, make, rms_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from visproj import LinearProjector, graphed
+from visproj import LinearProjector, fold, graphed
 from visproj.folding.graphs import Graphed
 
 
@@ -68,3 +69,15 @@ def test_calls_unlike_the_example(x, error, message):
     graph.features = torch.zeros(1, 5, 32)
     with pytest.raises(error, match=message):
         graph(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["baseline", "vit", "perceiver"])
+@torch.no_grad()
+def test_inductor_compiles_it_for_small_batches(kind, device):
+    """On a GPU as CUDA graphs; elsewhere this mode is inductor alone."""
+    folded = fold(make(kind, dtype=torch.float32).to(device))
+    x = features(1, 257, dtype=torch.float32).to(device)
+    compiled = torch.compile(folded, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):  # a graph is recorded in the second call, and replayed in the third
+        assert rms_error(compiled(x), folded(x)) < 1e-6

@@ -164,6 +164,6 @@ def test_the_report():
     assert list(tune.render_tuning(report)) == [
         "a: y",
         "b: x",
-        "note: out of memory, not all recorded: vit, 8 images",
+        "note: out of memory, not everything was timed: vit, 8 images",
         "2 newly recorded in choices.json",
     ]

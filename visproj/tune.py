@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visproj.backend import use_backend
 from visproj.clip import VisionConfig
 from visproj.errors import BackendError, InputError
-from visproj.files import read_json_object, replacing, write_json
+from visproj.files import replacing, write_json
 from visproj.kernels.support import why_unavailable
 from visproj.progress import SILENT, Progress
 from visproj.projectors import KINDS, build_projector
@@ -72,7 +72,7 @@ class TuningReport(NamedTuple):
     Attributes:
         file: Where choices are kept.
         recorded: The new entries of the file: a kernel at a shape, and its configuration.
-        left_out: The calls that ran out of memory.
+        left_out: The calls in which something ran out of memory.
     """
 
     file: Path
@@ -98,14 +98,16 @@ def tune(options: TuningOptions, *, progress: Progress = SILENT) -> TuningReport
         OSError: If the file cannot be written.
     """
     device = tuning_device()
+    from visproj.kernels.tuning import recorded
+
     file = _writable_file()
-    before = _read(file)
+    before = recorded(file)
     left_out: list[str] = []
     with use_backend("triton"):
         for kind, dtype in product(options.kinds, options.dtypes):
             left_out += _tune_projector(kind, dtype, options, device, progress)
-    recorded = {key: name for key, name in _read(file).items() if before.get(key) != name}
-    return TuningReport(file, recorded, left_out)
+    new = {key: name for key, name in recorded(file).items() if before.get(key) != name}
+    return TuningReport(file, new, left_out)
 
 
 def render_tuning(report: TuningReport) -> Iterator[str]:
@@ -113,7 +115,7 @@ def render_tuning(report: TuningReport) -> Iterator[str]:
     for key, name in sorted(report.recorded.items()):
         yield f"{key}: {name}"
     for call in report.left_out:
-        yield f"note: out of memory, not all recorded: {call}"
+        yield f"note: out of memory, not everything was timed: {call}"
     yield f"{len(report.recorded)} newly recorded in {report.file}"
 
 
@@ -141,7 +143,7 @@ def tuning_device() -> torch.device:
 def _writable_file() -> Path:
     """Return the file that choices are recorded in, after writing it once as it is."""
     from visproj.kernels.device import switched_on
-    from visproj.kernels.tuning import cache_file
+    from visproj.kernels.tuning import cache_file, recorded
 
     if not switched_on("VISPROJ_AUTOTUNE"):
         raise InputError("nothing is timed with VISPROJ_AUTOTUNE=0: leave it out")
@@ -153,16 +155,8 @@ def _writable_file() -> Path:
         raise InputError("there is no folder to record choices in: set VISPROJ_CACHE_DIR")
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
-        write_json(partial, _read(file))
+        write_json(partial, recorded(file))
     return file
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What is recorded. What cannot be read counts as not there, as the kernels have it."""
-    try:
-        return read_json_object(file)
-    except (OSError, ValueError):
-        return {}
 
 
 def _tune_projector(

@@ -21,9 +21,10 @@ from kernels_support import attention_oracle  # noqa: E402
 from visproj.kernels import configs  # noqa: E402
 from visproj.kernels.cross_attention import cross_attention_fwd  # noqa: E402
 from visproj.kernels.cross_attention_backward import cross_attention_bwd  # noqa: E402
-from visproj.kernels.launch import Config  # noqa: E402
+from visproj.kernels.launch import Config, Launch  # noqa: E402
 from visproj.kernels.layout import describable  # noqa: E402
 from visproj.kernels.linear import Epilogue, linear_fwd  # noqa: E402
+from visproj.kernels.linear_backward import _linear_bwd_weight_kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STYLE = {"descriptors": False}
@@ -61,6 +62,33 @@ def linear_table():
     return linear_fwd(x, weight, Epilogue(table=far_apart(table, 0))), wanted
 
 
+def weight_gradient():
+    """One tile of columns of a gradient of more than 2**31 elements, of zeros but for its end."""
+    rows, N, K, tail = 2**16 + 64, 2**15, 16, 64
+    grad = torch.zeros(rows, N, dtype=torch.bfloat16, device=DEVICE)
+    y = torch.zeros(rows, K, dtype=torch.bfloat16, device=DEVICE)
+    grad[-tail:, :16], y[-tail:] = random(tail, 16), random(tail, K)
+    mean, rstd = (torch.full((rows,), value, device=DEVICE) for value in (0.0, 1.0))
+    dweight, dbias = grad.new_empty(N, K), grad.new_empty(N)
+    block_m = 64 if DEVICE == "cuda" else 2**13  # the interpreter minds the number of steps
+    sizes = {"M": rows, "N": N, "K": K, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_M": block_m}
+    config = Config((16, 16, block_m), 4, 1, STYLE["descriptors"])
+    options = {"PRECISION": "ieee", "DESCRIPTORS": config.descriptors}
+    Launch(_linear_bwd_weight_kernel, 1, config, grad.device, **sizes, **options)(
+        grad_ptr=grad,
+        y_ptr=y,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        gain_ptr=y.new_ones(K),
+        shift_ptr=None,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+    )
+    got = torch.cat([dweight[:16], dbias[:16, None]], 1)
+    end = grad[-tail:, :16].double()
+    return got, torch.cat([end.T @ y[-tail:].double(), end.sum(0)[:, None]], 1)
+
+
 def attention(operand, dimension):
     tensors = dict(zip("qkv", (random(3, 3, 3, 16) for _ in range(3)), strict=True))
     wanted = attention_oracle(*(t.double() for t in tensors.values()))
@@ -92,6 +120,7 @@ def attention_gradients(dimension):
 CASES = {
     **{f"linear {d}": lambda d=d: linear(d) for d in (0, 1, "weight")},
     "linear table": linear_table,
+    "weight gradient": weight_gradient,
     **{f"attention {t} {d}": lambda t=t, d=d: attention(t, d) for t in "qkv" for d in (0, 1, 2)},
     **{f"attention mask {d}": lambda d=d: attention_mask(d) for d in (0, 1, 2)},
     **{f"attention gradients {d}": lambda d=d: attention_gradients(d) for d in (0, 1, 2)},

@@ -87,7 +87,18 @@ def test_folded_linear(shifted, columns, dtype, chosen, device):
     exact = [t if t is None else t.double() for t in operands]
     wanted = run(operands, "torch")
     check_errors([run(operands, "triton")], [wanted], lambda: [run(exact, "torch")])
-    assert chosen == []
+    # Before it is scaled the product may be larger than what fp16 holds.
+    assert chosen == (["_linear_fwd_kernel"] * 2 if dtype == torch.float16 else [])
+
+
+@torch.no_grad()
+def test_a_product_that_fp16_holds_only_when_it_is_scaled(dtype, device):
+    x = torch.full((1, 4, 16), 100.0, dtype=dtype, device=device)
+    weight, bias = torch.full_like(x[0, :, :16], 100.0), torch.zeros_like(x[0, :, 0])
+    factor = 100 * torch.eye(16, dtype=dtype, device=device)
+    out = ops.folded_linear(x, weight, bias, factor, factor[0] * 0, eps=1e-5, backend="triton")
+    # 16 * 100 * 100 = 160,000 times 1 / sqrt(16 * 10,000 ** 2).
+    torch.testing.assert_close(out, torch.full_like(out, 4.0))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared q", "batched q"])

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("offsets.py")
 CASES = [
     *(f"linear {d}" for d in (0, 1, "weight", "table")),
+    "weight gradient",
     *(f"attention {t} {d}" for t in ("q", "k", "v", "mask", "gradients") for d in (0, 1, 2)),
 ]
 

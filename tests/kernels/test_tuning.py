@@ -293,16 +293,14 @@ def test_pytorch_is_timed_like_a_configuration(gpu, monkeypatch, choices):
 
 
 @pytest.mark.parametrize("why", ["variable", "distributed", "memory"])
-def test_untimed_it_is_a_kernel(gpu, timing, monkeypatch, why):
+def test_untimed_it_is_a_kernel(gpu, no_memory_to_time, monkeypatch, why):
     """Also with a single configuration, and in the order in which they are given."""
     if why == "variable":
         monkeypatch.setenv("VISPROJ_AUTOTUNE", "0")
     elif why == "distributed":
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    bad = [SLOW] if why == "memory" else []
-    prepare = failing(bad, torch.OutOfMemoryError)
     for choices in ((tuning.LIBRARY, SLOW), (SLOW, tuning.LIBRARY)):
-        assert tuning.choose("kernel", (256,), choices, prepare, LIKE).config == SLOW
+        assert tuning.choose("kernel", (256,), choices, failing([]), LIKE).config == SLOW
 
 
 def failing(bad, error=RuntimeError):
@@ -339,11 +337,34 @@ def test_if_all_choices_fail_it_is_an_error(gpu, timing):
         tuning.choose("kernel", (256,), (SLOW, FAST), failing([SLOW, FAST]), LIKE)
 
 
-def test_without_memory_to_time_the_first_choice_is_taken(gpu, timing):
+def test_a_choice_that_runs_out_of_memory_is_passed_over(gpu, timing, caplog):
+    """Once: what needs more than there is would do so in every call."""
+    choices = (SLOW, FAST, tuning.LIBRARY)
+    prepare = failing([SLOW, tuning.LIBRARY], torch.OutOfMemoryError)
+    for _ in range(2):
+        assert tuning.choose("kernel", (256,), choices, prepare, LIKE) == (FAST, True)
+    assert [message.split(" of ")[0] for message in caplog.messages] == [
+        f"passed over {SLOW}",
+        "passed over PyTorch",
+    ]
+    # If none fits, nothing is remembered, and the call itself raises.
+    prepare = failing([SLOW, FAST], torch.OutOfMemoryError)
+    assert tuning.choose("other", (256,), (SLOW, FAST), prepare, LIKE) == (SLOW, False)
+
+
+@pytest.fixture
+def no_memory_to_time(monkeypatch):
+    def do_bench(run, **options):
+        raise torch.OutOfMemoryError("256 MB for the cache")
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+
+
+def test_without_memory_to_time_the_first_choice_is_taken(gpu, no_memory_to_time, monkeypatch):
     """And nothing is remembered, so that a later call may time."""
-    prepare = failing([SLOW], torch.OutOfMemoryError)
-    assert tuning.choose("kernel", (256,), (SLOW, FAST), prepare, LIKE) == (SLOW, False)
+    assert tuning.choose("kernel", (256,), (SLOW, FAST), failing([]), LIKE) == (SLOW, False)
     assert not tuning.cache_file().exists()
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **options: 1.0)
     assert tuning.choose("kernel", (256,), (SLOW, FAST), failing([]), LIKE).settled
 
 

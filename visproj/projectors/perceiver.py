@@ -114,15 +114,15 @@ class AttentionResampler(Resampler):
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
         heads = (self.num_heads, -1)
         if ops.runs_triton(features) and is_plain(self, _NORMALISED):
-            given = {"positions": positions, "queries": queries}
             kv, q = linear_norm_linear(
                 features,
                 self.kv_proj,
                 self.ln_kv,
                 weight,
                 bias,
-                **given,
+                positions=positions,
                 positioned=width,
+                queries=queries,
                 queried=width,
             )
             # [Q, H, d] and [B, L, 2, H, d]
