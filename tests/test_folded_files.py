@@ -45,7 +45,7 @@ DAMAGE = {
     "eps": (change_config(floor="small"), "floor in its configuration"),
     "heads": (change_config(num_heads=7), "7 heads do not divide"),
     "grid": (change_config(grid=7), "damaged"),
-    "another grid": (change_config(grid=[3, 3]), r"kv_table \[256, 128\], not \[9, 128\]"),
+    "another grid": (change_config(grid=[3, 3]), r"kv_table \[256, 64\], not \[9, 64\]"),
     "CLS": (change_config(has_cls=None), "has_cls in its configuration"),
     "a constant less": (lambda s, m: s.pop("queries"), "missing queries"),
     "a constant more": (lambda s, m: s.update(forward=torch.ones(1)), "unexpected forward"),
@@ -106,7 +106,7 @@ def test_the_resampler_of_an_encoder_is_read(tmp_path):
     pool = QwenVisionTransformer(config).attn_pool
     pool.kv_proj = nn.Linear(32, 64, bias=False)
     fold(pool).save(tmp_path / "folded")
-    assert load_folded(tmp_path / "folded").config["out_eps"] is None
+    assert load_folded(tmp_path / "folded").config["out_floor"] is None
 
 
 def hook(child):

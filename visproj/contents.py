@@ -11,7 +11,7 @@ from visproj.checkpoints import LocalFiles, find_tensors
 from visproj.errors import InputError
 from visproj.files import TensorFile, read_json_object
 
-FOLDED_FORMAT = "visproj-folded-3"
+FOLDED_FORMAT = "visproj-folded-4"
 PROJECTOR_FORMAT = "visproj-projector-1"
 
 # torch.compile, FSDP and activation checkpointing may wrap any child; the others wrap a model.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,6 +90,26 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
     planes = table.float().reshape(1, *source, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(planes, size=(rows, columns), mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
+
+
+def sincos_axis(dim: int, positions: Sequence[int] | range) -> Tensor:
+    """Sine-cosine rows of positions on one axis, rounded as MiniCPM-V's own are.
+
+    ``[sin(p ω), cos(p ω)]`` with ``ω_k = 10000^(-2k / dim)``, every step in fp32: at large
+    positions that differs from :func:`sincos_position_table` by a rounding of the angle.
+
+    Args:
+        dim: Width, even.
+        positions: Where.
+
+    Returns:
+        fp32 ``[positions, dim]`` on the CPU.
+
+    Source: MiniCPM-V ``resampler.py``.
+    """
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float32) / np.float32(dim / 2))
+    angles = np.array(positions, np.float32)[:, None] * omega
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], 1))
 
 
 def check_grid(grid: Grid) -> Grid:

@@ -3,74 +3,123 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from visproj import ops
 from visproj.checks import check_features
+from visproj.errors import InputError
+from visproj.packing import Packed, pack
 from visproj.positions import Grid, PositionedModule, grid_of
+
+Resampled = Tensor | tuple[Tensor, Tensor | list[Tensor]]
 
 
 class Resampler(PositionedModule):
     """Turn any number of visual tokens into a fixed number of language-model tokens.
 
-    A subclass gives the stages: :meth:`project` makes queries, keys and values, :meth:`finish`
-    takes what attention gives to the output. Folded and unfolded resamplers differ in these alone.
+    A subclass gives the stages: :meth:`positions` of the keys, :meth:`project`, which makes
+    queries, keys and values, and :meth:`finish`, which takes what attention gives to the output.
+    Folded and unfolded resamplers differ in these alone.
 
     Attributes:
         vis_dim: Width ``C`` of the features.
         query_grid: Rows and columns of the queries; ``Q`` is their product.
         num_heads: Attention heads ``H``.
         has_cls: Whether the first visual token is a CLS token, to be dropped.
+        positioned: Whether keys have positions, so that tokens must lie on a grid.
     """
 
     vis_dim: int
     query_grid: Grid
     num_heads: int
     has_cls: bool
+    positioned: ClassVar[bool] = True
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Sequence[Tensor],
         attn_mask: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
-        grid: Grid | None = None,
+        grid: Grid | Sequence[Grid] | None = None,
+        cu_seqlens: Tensor | None = None,
         return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Resampled:
         """Resample visual tokens.
 
         Args:
             x: ``[..., 1 + L, C]`` with CLS, ``[..., L, C]`` with ``has_cls=False``. ``B`` below is
-                the product of the leading dimensions.
+                the product of the leading dimensions. Images of different sizes come as a list of
+                ``[L_i, C]``, or one after another as ``[T, C]`` beside ``cu_seqlens``; with CLS
+                each has it first.
             attn_mask: ``[Q, L]`` or ``[B * heads, Q, L]`` with index ``b * heads + h``; bool, True
                 = masked out, or floating, added to the scores.
             key_padding_mask: bool ``[..., L]``, True = padding.
-            grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``.
+            grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``. For images
+                of different sizes one for each.
+            cu_seqlens: int32 ``[B + 1]``, where each image of ``[T, C]`` starts, and ``T``: what
+                FlashAttention takes. It is read, so on a GPU the call waits for it.
             return_attention: Also return the attention probabilities.
 
         Returns:
             ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
-            for an fp64 projector). A query whose keys are all masked gets zero attention. Where
+            for an fp64 projector), for images of different sizes ``[B, Q, D]`` and a list of
+            ``[heads, Q, L_i]``. A query whose keys are all masked gets zero attention. Where
             PyTorch's own Linear returns a view of its product, and with other than one leading
             dimension, the result is a view, of which FSDP2 warns: that is harmless unless the
             result is changed in place (write ``out = out + y``, not ``out += y``).
 
         Raises:
-            TypeError: If ``x`` or a mask has an unsuitable dtype.
-            ValueError: If the tokens fit no grid or ``grid`` does not fit them, or if a shape or
-                device does not fit.
+            TypeError: If ``x``, ``cu_seqlens`` or a mask has an unsuitable dtype.
+            ValueError: If the tokens fit no grid or ``grid`` does not fit them, if a shape or
+                device does not fit, if ``cu_seqlens`` does not rise from 0 to ``T``, or if masks
+                come with images of different sizes, which have no padding to mask.
         """
+        if cu_seqlens is not None or isinstance(x, (list, tuple)):
+            if attn_mask is not None or key_padding_mask is not None:
+                raise InputError("images of different sizes take no masks: leave padding out")
+            several: Any = grid
+            packed = pack(
+                x,
+                cu_seqlens,
+                several,
+                width=self.vis_dim,
+                has_cls=self.has_cls,
+                positioned=self.positioned,
+            )
+            self.check(packed.rows, None)
+            out, several_maps = self.resample_packed(packed, return_attention)
+            return out if several_maps is None else (out, several_maps)
+        single: Any = x
+        return self._resample_batch(single, attn_mask, key_padding_mask, grid, return_attention)
+
+    def _resample_batch(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        grid: Any,
+        return_attention: bool,
+    ) -> Resampled:
+        """Images of one size: fold leading dimensions, and restore them."""
         self.check(x, attn_mask)
         features = x[..., 1:, :] if self.has_cls else x
         *lead, length, width = features.shape
         batch = math.prod(lead)
         if isinstance(key_padding_mask, Tensor) and key_padding_mask.shape == (*lead, length):
             key_padding_mask = key_padding_mask.reshape(batch, length)
+        positions = None
+        if self.positioned:
+            positions = self.positions(grid_of(length, grid))
+        elif grid is not None or not length:
+            grid_of(length, grid)
         out, maps = self.resample(
             features.reshape(batch, length, width),
-            grid_of(length, grid),
+            positions,
             return_attention,
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
@@ -85,22 +134,94 @@ class Resampler(PositionedModule):
         check_features(x, self.vis_dim)
 
     def resample(
-        self, features: Tensor, grid: Grid, return_attention: bool, **masks: Any
+        self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """``[B, L, C] -> [B, Q, D]``, and the maps ``[B, H, Q, L]`` where they are wanted."""
-        q, k, v = self.project(features, grid)
-        attended = ops.cross_attention(q, k, v, **masks).flatten(-2)
+        """``[B, L, C] -> [B, Q, D]``, and the maps ``[B, H, Q, L]`` where they are wanted.
+
+        ``positions`` are those of the ``L`` tokens, or of the ``B * L`` tokens of all images.
+        """
+        batch, length, _ = features.shape
+        each = positions is not None and len(positions) != length
+        rows = features.reshape(1, batch * length, -1) if each else features
+        q, *given = self.project(rows, positions, self.query_count(length))
+        keys_values = [t.unflatten(1, (batch, length))[0] if each else t for t in given]
+        if latent := self.appended():
+            pairs = zip(keys_values, latent, strict=True)
+            keys_values = [torch.cat([t, u.expand(batch, *u.shape)], 1) for t, u in pairs]
+        attended = ops.cross_attention(q, *keys_values, **masks).flatten(-2)
         if not return_attention:
             return self.finish(attended), None
-        keys = k if v is not None else k[:, :, 0]
+        keys = keys_values[0] if len(keys_values) == 2 else keys_values[0][:, :, 0]
         return self.finish(attended), ops.cross_attention_maps(q, keys, **masks)
 
-    def project(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries ``[Q, H, d]``; keys and values ``[B, L, H, d]``, or packed ``[B, L, 2, H, d]``.
+    def resample_packed(
+        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """``[T, C] -> [B, Q, D]``, and the maps ``[H, Q, L_i]`` where they are wanted.
 
-        Where they are packed, the third is ``None``.
+        Without ``positions [T, ...]`` they are those of the grids.
+        """
+        if positions is None:
+            positions = self.packed_positions(packed.grids)
+        lengths = packed.lengths
+        q, *given = self.project(packed.rows[None], positions, self.query_count(*lengths))
+        keys_values = [t[0] for t in given]
+        if latent := self.appended():
+            keys_values = [
+                torch.cat([part for image in packed.split(t) for part in (image, u)])
+                for t, u in zip(keys_values, latent, strict=True)
+            ]
+            lengths = [length + len(latent[0]) for length in lengths]
+        keys, values = keys_values if len(keys_values) == 2 else keys_values[0].unbind(1)
+        attended = ops.packed_cross_attention(q, keys, values, lengths)
+        out = self.finish(attended.flatten(-2))
+        if not return_attention:
+            return out, None
+        return out, [ops.cross_attention_maps(q, image[None])[0] for image in keys.split(lengths)]
+
+    def one_by_one(
+        self, packed: Packed, return_attention: bool, positions: Tensor | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """:meth:`resample_packed` by one :meth:`resample` per image."""
+        if positions is None:
+            positions = self.packed_positions(packed.grids)
+        images = packed.split(packed.rows)
+        tables = [None] * len(images) if positions is None else packed.split(positions)
+        masks = {"attn_mask": None, "key_padding_mask": None}
+        found = [
+            self.resample(rows[None], table, return_attention, **masks)
+            for rows, table in zip(images, tables, strict=True)
+        ]
+        maps = [maps[0] for _, maps in found if maps is not None]
+        return torch.cat([out for out, _ in found]), maps if return_attention else None
+
+    def packed_positions(self, grids: Sequence[Grid]) -> Tensor | None:
+        """Positions of the keys of several images, ``[T, ...]``."""
+        if not self.positioned:
+            return None
+        made = {grid: self.positions(grid) for grid in dict.fromkeys(grids)}
+        return torch.cat([made[grid] for grid in grids])
+
+    def positions(self, grid: Grid) -> Tensor:
+        """What is added to the keys of a grid, one row per token."""
+        raise NotImplementedError
+
+    def project(
+        self, features: Tensor, positions: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, ...]:
+        """Queries ``[Q, H, d]``, keys and values ``[B, L, H, d]`` or packed ``[B, L, 2, H, d]``.
+
+        ``queries`` says how many of them are wanted, ``None`` all.
         """
         raise NotImplementedError
+
+    def query_count(self, *lengths: int) -> int | None:
+        """How many queries images of these lengths have, ``None`` for all."""
+        return None
+
+    def appended(self) -> tuple[Tensor, ...] | None:
+        """Keys and values behind those of the features, as :meth:`project`'s but without batch."""
+        return None
 
     def finish(self, attended: Tensor) -> Tensor:
         """Everything after the attention: ``[B, Q, H * d] -> [B, Q, D]``."""

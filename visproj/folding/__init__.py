@@ -15,16 +15,17 @@ from visproj.folding.files import load_folded
 from visproj.folding.graphs import graphed
 from visproj.folding.modules import (
     FoldedLinear,
-    FoldedPerceiver,
     FoldedProjector,
     FoldedViT,
     ScaledLinear,
 )
+from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler
 
 __all__ = [
     "FoldedLinear",
     "FoldedPerceiver",
     "FoldedProjector",
+    "FoldedResampler",
     "FoldedViT",
     "ScaledLinear",
     "fold",

@@ -80,12 +80,6 @@ def _row_scale(centred: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
     return factor[:, :-1], factor[:, -1], floor
 
 
-def key_value_table(positions: Tensor, key_weight: Tensor, value_shift: Tensor) -> Tensor:
-    """Projected key positions and, the same in every row, the values' constant: ``[L, 2 D]``."""
-    keys = positions.double() @ key_weight.double().T
-    return torch.cat([keys, value_shift.expand_as(keys)], 1)
-
-
 def or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
     """``bias``, or zeros for the outputs of ``weight``."""
     return weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visproj.checks import check_heads
 from visproj.clip import CLIPEncoderLayer, VisionConfig
@@ -16,22 +18,32 @@ from visproj.contents import FOLDED_FORMAT, compare_shapes, refuse_placeholders,
 from visproj.errors import InputError
 from visproj.files import TensorFile, parse_device
 from visproj.folding.algebra import Scaled
+from visproj.folding.key_values import ABSORBED, FORMS, AbsorbedQueries, NormLinear
 from visproj.folding.modules import (
     FoldedLinear,
-    FoldedPerceiver,
     FoldedProjector,
     FoldedViT,
     ScaledLinear,
     frozen_linear,
     frozen_norm,
 )
+from visproj.folding.resamplers import (
+    FoldedAria,
+    FoldedKosmos2,
+    FoldedMiniCPM,
+    FoldedMiniCPM2,
+    FoldedMiniCPM2Resized,
+    FoldedPerceiver,
+    FoldedResampler,
+)
 from visproj.positions import check_grid
 
-OLDER_FORMAT = "visproj-folded-2"
+OLDER_FORMAT = "visproj-folded-3"
 
-_WIDTHS = {"vis_dim", "lang_dim"}
-_LINEAR = {*_WIDTHS, "eps", "floor", "digest"}
-_RESAMPLER = {"num_heads", "query_grid", "grid", "has_cls", "floor", "out_eps", "out_floor"}
+_WIDTHS = {"vis_dim", "lang_dim", "digest"}
+_LINEAR = {*_WIDTHS, "eps", "floor"}
+_RESAMPLER = {*_WIDTHS, "num_heads", "query_grid", "has_cls", "form", "floor", "eps"}
+_GRID = {*_RESAMPLER, "grid", "out_floor"}
 
 
 def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
@@ -75,34 +87,49 @@ def _build(file: TensorFile) -> FoldedProjector:
     if kind not in _KINDS:
         raise InputError(f"its class is {kind!r}, not one of {', '.join(_KINDS)}")
     wanted, empty = _KINDS[kind]
-    config = _config(file.metadata.get("config", ""), wanted)
+    older = file.metadata["format"] == OLDER_FORMAT
+    config = _config(file.metadata.get("config", ""), wanted, older=older)
     with torch.device("meta"):
         folded = empty(config)
-    older = file.metadata["format"] == OLDER_FORMAT
-    names = _names_of_older(kind, config) if older else {}
-    keys = {names.get(key, key): key for key in sorted(file.keys)}
+    tensors = {name: file.read(name) for name in sorted(file.keys)}
+    if older and kind == "FoldedPerceiver":
+        _move_value_shift(tensors, config["lang_dim"])
     compare_shapes(
-        {name: file.tensor(key).shape for name, key in keys.items()},
+        {name: tensor.shape for name, tensor in tensors.items()},
         {name: tensor.shape for name, tensor in folded.state_dict().items()},
         f"a {kind} of this configuration",
     )
-    folded.load_state_dict({name: file.read(key) for name, key in keys.items()}, assign=True)
+    folded.load_state_dict(tensors, assign=True)
     return folded
 
 
-def _config(text: str, wanted: set[str]) -> dict[str, Any]:
+def _move_value_shift(tensors: dict[str, Tensor], width: int) -> None:
+    """The constant of the values, once the same in every row of the tables, on its own."""
+    for name in ("position_table", "kv_table"):
+        table = tensors.get(name)
+        if table is None or table.shape[-1] != 2 * width:
+            raise InputError(f"its {name} does not hold keys and values")
+        keys, values = table.split(width, -1)
+        tensors[name] = keys.contiguous()
+    tensors["kv.shift"] = torch.cat([torch.zeros_like(values[0]), values[0]])
+
+
+def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
     """The configuration in the metadata, its entries and their types checked."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its configuration is not valid JSON ({error})") from error
+    if older and isinstance(config, dict) and "form" in wanted and "out_eps" in config:
+        config = {"form": "keys", "eps": None, **config}
+        del config["out_eps"]
     if not isinstance(config, dict) or config.keys() != wanted:
         names = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InputError(f"its configuration has the entries {names}, not {sorted(wanted)}")
     for name, value in config.items():
         if name in _CHECKS and not _CHECKS[name](value):
             raise InputError(f"{name} in its configuration cannot be {value!r}")
-    for name in ("query_grid", "grid"):
+    for name in ("query_grid", "grid", "table"):
         check_grid(config.get(name, (1, 1)))
     if "num_heads" in config:
         check_heads(config["lang_dim"], config["num_heads"])
@@ -113,23 +140,29 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_small(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
 def _is_small_or_none(value: Any) -> bool:
-    return value is None or _is_small(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value >= 0)
+
+
+def _are_pairs(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(pair, list) for pair in value)
+    return pairs and all(len(pair) == 2 and all(map(_is_count, pair)) for pair in value) and value
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "vis_dim": _is_count,
     "lang_dim": _is_count,
     "num_heads": _is_count,
-    "eps": _is_small,
+    "hidden": _is_count,
+    "out_dim": _is_count,
+    "eps": _is_small_or_none,
     "floor": _is_small_or_none,
-    "out_eps": _is_small_or_none,
     "out_floor": _is_small_or_none,
+    "form": lambda value: value in FORMS,
     "has_cls": lambda value: isinstance(value, bool),
+    "gives_attention": lambda value: isinstance(value, bool),
+    "query_counts": _are_pairs,
     "digest": lambda value: isinstance(value, str),
     "vision": lambda value: isinstance(value, dict),
 }
@@ -142,15 +175,12 @@ def _clip_layer(vision: dict[str, Any]) -> CLIPEncoderLayer:
         raise InputError(f"its CLIP layer cannot be built ({error})") from error
 
 
-def _empty_scaled(
-    outputs: int, inputs: int, width: int, floor: float, *, shifted: bool = True
-) -> ScaledLinear:
+def _empty_scaled(outputs: int, inputs: int, width: int, floor: float) -> ScaledLinear:
     """A scaled Linear without numbers, of a LayerNorm over ``width``."""
     rank = min(inputs, width)
     shapes = [(outputs, inputs), (outputs,), (rank, inputs), (rank,), (outputs,)]
     weight, bias, factor, factor_bias, shift = map(torch.empty, shapes)
-    scaled = Scaled(weight, bias, factor, factor_bias, shift, floor)
-    return ScaledLinear(scaled, shifted=shifted)
+    return ScaledLinear(Scaled(weight, bias, factor, factor_bias, shift, floor))
 
 
 def _empty_linear(config: dict[str, Any]) -> FoldedLinear:
@@ -167,24 +197,104 @@ def _empty_vit(config: dict[str, Any]) -> FoldedViT:
     return FoldedViT(config, _clip_layer(config["vision"]), _empty_linear(config))
 
 
-def _empty_perceiver(config: dict[str, Any]) -> FoldedPerceiver:
+def _empty_key_values(config: dict[str, Any]) -> nn.Module:
+    inputs, width, floor = config["vis_dim"], config["lang_dim"], config["floor"]
+    if config["form"] == "absorbed":
+        return AbsorbedQueries(_empty_absorbed(config), floor or 0.0, config["eps"])
+    if floor is None:
+        return NormLinear(_linear(2 * width, inputs), config["eps"])
+    return _empty_scaled(2 * width, inputs, width, floor)
+
+
+def _empty_absorbed(config: dict[str, Any]) -> dict[str, Tensor | None]:
     inputs, width, heads = config["vis_dim"], config["lang_dim"], config["num_heads"]
-    queries, keys = (rows * columns for rows, columns in (config["query_grid"], config["grid"]))
-    kv = _empty_scaled(2 * width, inputs, width, config["floor"], shifted=False)
-    tail: nn.Module
-    if config["out_floor"] is not None:
-        tail = _empty_scaled(width, width, width, config["out_floor"])
-    elif config["out_eps"] is not None:
-        norm = _norm(width, config["out_eps"])
-        tail = nn.Sequential(_linear(width, width), norm, _linear(width, width))
-    else:
-        tail = _linear(width, width)
-    constants = {
-        "queries": torch.empty(queries, heads, width // heads),
-        "position_table": torch.empty(queries, 2 * width),
-        "kv_table": torch.empty(keys, 2 * width),
+    queries = math.prod(config["query_grid"])
+    per_head, rank = width // heads, min(inputs, width)
+    scaled, latent = config["floor"] is not None, "gives_attention" in config
+    shapes: dict[str, tuple[int, ...]] = {
+        "score_weight": (queries * heads, inputs),
+        "score_bias": (queries * heads,),
+        "value_weight": (heads, inputs, per_head),
+        "value_bias": (heads, per_head),
+        "value_shift": (heads, per_head),
+        **({"factor": (rank, inputs), "factor_bias": (rank,)} if scaled else {}),
     }
-    return FoldedPerceiver(config, kv, constants, tail)
+    if latent:
+        shapes["appended_scores"] = (queries * heads, queries)
+        shapes["appended_values"] = (queries, heads, per_head)
+    return {name: torch.empty(shapes[name]) if name in shapes else None for name in ABSORBED}
+
+
+def _empty_resampler(
+    kind: type[FoldedResampler],
+    config: dict[str, Any],
+    tail: nn.Module,
+    *,
+    latent: bool = False,
+    **shapes: tuple[int, int],
+) -> FoldedResampler:
+    """``shapes`` are those of the tables of positions."""
+    heads, queries = config["num_heads"], math.prod(config["query_grid"])
+    keys = config["form"] == "keys"
+    per_head = (heads, config["lang_dim"] // heads)
+    return kind(
+        config,
+        _empty_key_values(config),
+        tail,
+        torch.empty(queries, *per_head) if keys else None,
+        torch.empty(queries, 2, *per_head) if keys and latent else None,
+        **{name: torch.empty(shape) for name, shape in shapes.items()},
+    )
+
+
+def _positions_width(config: dict[str, Any]) -> int:
+    """How wide what is added for a position is: a key, or the scores of all queries."""
+    if config["form"] == "keys":
+        return config["lang_dim"]
+    return math.prod(config["query_grid"]) * config["num_heads"]
+
+
+def _empty_tail(config: dict[str, Any]) -> nn.Module:
+    width, floor = config["lang_dim"], config["out_floor"]
+    return _linear(width, width) if floor is None else _empty_scaled(width, width, width, floor)
+
+
+def _empty_perceiver(
+    config: dict[str, Any], kind: type[FoldedResampler] = FoldedPerceiver
+) -> FoldedResampler:
+    width = _positions_width(config)
+    return _empty_resampler(
+        kind,
+        config,
+        _empty_tail(config),
+        position_table=(math.prod(config["query_grid"]), width),
+        kv_table=(math.prod(config["grid"]), width),
+    )
+
+
+def _empty_minicpm(config: dict[str, Any], kind: type[FoldedResampler]) -> FoldedResampler:
+    width = _positions_width(config)
+    rows, columns = config["table"]
+    return _empty_resampler(
+        kind,
+        config,
+        _empty_tail(config),
+        position_weight=(width, config["lang_dim"]),
+        rows=(rows, width),
+        columns=(columns, width),
+    )
+
+
+def _empty_aria(config: dict[str, Any]) -> FoldedResampler:
+    width, hidden = config["lang_dim"], config["hidden"]
+    scaled = _empty_scaled(hidden, width, width, config["out_floor"])
+    last = _linear(config["out_dim"], hidden)
+    return _empty_resampler(FoldedAria, config, nn.Sequential(scaled, nn.GELU("tanh"), last))
+
+
+def _empty_kosmos2(config: dict[str, Any]) -> FoldedResampler:
+    width = config["lang_dim"]
+    return _empty_resampler(FoldedKosmos2, config, _linear(width, width), latent=True)
 
 
 def _linear(outputs: int, inputs: int) -> nn.Linear:
@@ -199,53 +309,10 @@ def _norm(width: int, eps: float) -> nn.LayerNorm:
 _KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any]], FoldedProjector]]] = {
     "FoldedLinear": (_LINEAR, _empty_linear),
     "FoldedViT": (_LINEAR | {"vision"}, _empty_vit),
-    "FoldedPerceiver": (_WIDTHS | _RESAMPLER | {"digest"}, _empty_perceiver),
-}
-
-
-def _names_of_older(kind: str, config: dict[str, Any]) -> dict[str, str]:
-    """What the constants of the older format are called today."""
-    if kind != "FoldedPerceiver":
-        scaled = config["floor"] is not None
-        names = {f"product.{new}": old for new, old in (_SCALED if scaled else _NORMED).items()}
-        prefix = "tail." if kind == "FoldedViT" else ""
-        return {f"{prefix}{old}": f"{prefix}{new}" for new, old in names.items()}
-    kv = {f"kv.{new}": old for new, old in _KV.items()}
-    if config["out_floor"] is not None:
-        tail = {f"tail.{new}": old for new, old in _SCALED_TAIL.items()}
-    elif config["out_eps"] is not None:
-        tail = {f"tail.{new}": old for new, old in _NORMED_TAIL.items()}
-    else:
-        tail = {"tail.weight": "out_weight", "tail.bias": "out_bias"}
-    return {old: new for new, old in (kv | tail).items()}
-
-
-_SCALED = {
-    "linear.weight": "weight",
-    "linear.bias": "bias",
-    "factor": "stats_weight",
-    "factor_bias": "stats_bias",
-    "shift": "shift",
-}
-_NORMED = {"0.weight": "weight", "0.bias": "bias", "1.weight": "gain", "1.bias": "shift"}
-_KV = {
-    "linear.weight": "kv_weight",
-    "linear.bias": "kv_bias",
-    "factor": "stats_weight",
-    "factor_bias": "stats_bias",
-}
-_SCALED_TAIL = {
-    "linear.weight": "final_weight",
-    "linear.bias": "final_bias",
-    "factor": "out_stats_weight",
-    "factor_bias": "out_stats_bias",
-    "shift": "final_shift",
-}
-_NORMED_TAIL = {
-    "0.weight": "out_weight",
-    "0.bias": "out_bias",
-    "1.weight": "gain",
-    "1.bias": "shift",
-    "2.weight": "final_weight",
-    "2.bias": "final_bias",
+    "FoldedPerceiver": (_GRID, _empty_perceiver),
+    "FoldedMiniCPM2Resized": (_GRID, partial(_empty_perceiver, kind=FoldedMiniCPM2Resized)),
+    "FoldedMiniCPM2": (_GRID | {"table"}, partial(_empty_minicpm, kind=FoldedMiniCPM2)),
+    "FoldedMiniCPM": (_GRID | {"table"}, partial(_empty_minicpm, kind=FoldedMiniCPM)),
+    "FoldedAria": (_RESAMPLER | {"hidden", "out_dim", "query_counts", "out_floor"}, _empty_aria),
+    "FoldedKosmos2": (_RESAMPLER | {"gives_attention"}, _empty_kosmos2),
 }

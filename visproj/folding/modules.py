@@ -21,8 +21,6 @@ from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain, wh
 from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
 from visproj.ops.folded_linear import Inputs, check_input, fitting_folded_linear
-from visproj.positions import Grid
-from visproj.resampler import Resampler
 
 
 class ScaledLinear(nn.Module):
@@ -35,19 +33,18 @@ class ScaledLinear(nn.Module):
 
     Args:
         weights: What to hold, as it is.
-        shifted: Whether ``weights.shift`` is added; where it is ``False``, a table carries it.
     """
 
     factor: Tensor
     factor_bias: Tensor
-    shift: Tensor | None
+    shift: Tensor
 
-    def __init__(self, weights: Scaled, *, shifted: bool = True) -> None:
+    def __init__(self, weights: Scaled) -> None:
         super().__init__()
         self.linear = frozen_linear(weights.weight, weights.bias)
         self.register_buffer("factor", weights.factor)
         self.register_buffer("factor_bias", weights.factor_bias)
-        self.register_buffer("shift", weights.shift if shifted else None)
+        self.register_buffer("shift", weights.shift)
         self.floor = weights.floor
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
@@ -171,55 +168,6 @@ class FoldedViT(FoldedProjector):
         """As :meth:`ViTProjector.forward`."""
         self.check(x)
         return self.tail(self.vis_layer(x))
-
-
-class FoldedPerceiver(FoldedProjector, Resampler):
-    """``PerceiverProjector`` with one product for keys and values, straight from the features.
-
-    ``K = rstd (x A_kᵀ + a_k) + pos_k``; ``V = rstd (x A_vᵀ + a_v) + c_v``; constant queries;
-    attention ``O``; then one more :class:`ScaledLinear`, or the output projection alone where the
-    projector ends with it. Per image and at ``C`` 1024, ``D`` 4096, 256 tokens: 9.6 GMACs in
-    PyTorch and 9.3 on the Triton kernels instead of upstream's 23.1.
-
-    The constants of ``K`` that add the same number to every score of a query are gone; those of
-    ``V`` stay, so a query whose keys are all masked still gets zero attention. On another grid than
-    the one folded for, positions are resized after their projection instead of before: the same but
-    for the rounding of an fp32 resize.
-    """
-
-    queries: Tensor
-    position_table: Tensor
-    kv_table: Tensor
-
-    def __init__(
-        self, config: dict[str, Any], kv: nn.Module, constants: dict[str, Tensor], tail: nn.Module
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.vis_dim, self.num_heads = config["vis_dim"], config["num_heads"]
-        self.query_grid, self.has_cls = tuple(config["query_grid"]), config["has_cls"]
-        self.kv = kv
-        self.tail = tail
-        for name in ("queries", "position_table", "kv_table"):
-            self.register_buffer(name, constants[name])
-
-    @property
-    def like(self) -> Tensor:
-        """As :attr:`FoldedProjector.like`."""
-        return self.queries
-
-    def project(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor, None]:
-        """As :meth:`Resampler.project`: keys and values packed."""
-        if list(grid) == self.config["grid"]:
-            table = self.kv_table
-        else:
-            table = self._positions.resize(self.position_table, self.query_grid, grid)
-        kv = self.kv(features, table).unflatten(-1, (2, self.num_heads, -1))
-        return self.queries.to(kv.dtype), kv, None
-
-    def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`."""
-        return self.tail(attended)
 
 
 def fold_linear(

@@ -91,13 +91,18 @@ def scale_rows(
 
     ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold: it stays in fp32.
     """
-    rstd = (_row_squares(x, factor, factor_bias) + eps).rsqrt()
+    rstd = row_scale(x, factor, factor_bias, eps)
     added = out.new_zeros(out.shape[-1]) if shift is None else shift
     if table is not None:
         missing = out.shape[-1] - table.shape[-1]
         table = F.pad(table, (0, missing)) if missing else table
         added = table if shift is None else table + shift
     return _scale(out, rstd, added.to(out.dtype))
+
+
+def row_scale(x: Tensor, factor: Tensor, factor_bias: Tensor, eps: float) -> Tensor:
+    """``rstd [..., 1]`` of :func:`scale_rows`, at least in fp32."""
+    return (_row_squares(x, factor, factor_bias) + eps).rsqrt()
 
 
 def _scale(out: Tensor, rstd: Tensor, added: Tensor) -> Tensor:

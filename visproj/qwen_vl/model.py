@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_floating
 from visproj.positions import Grid, PositionedModule
-from visproj.projectors.perceiver import AttentionResampler, init_linear
+from visproj.projectors.resamplers import QwenVLResampler
 from visproj.qwen_vl.config import QwenVisionConfig
 
 
@@ -80,33 +80,6 @@ class VisualTransformer(nn.Module):
         return x
 
 
-class AttentionPool(AttentionResampler):
-    """A resampler that ends with its attention, without bias in ``kv_proj`` and without CLS.
-
-    ``[B, L, W] -> [B, Q, D]``, LayerNorms with the encoder's eps. Where ``W`` is ``D`` there is no
-    ``kv_proj`` weight.
-
-    Source: DeepSpeed-VisualChat ``qwen_clip.py``, ``Resampler``.
-    """
-
-    def __init__(self, config: QwenVisionConfig) -> None:
-        width, dim, side = config.width, config.output_dim, math.isqrt(config.n_queries)
-        super().__init__(
-            width,
-            dim,
-            query_grid=(side, side),
-            num_heads=config.pool_heads,
-            has_cls=False,
-            eps=config.layer_norm_eps,
-        )
-        if width == dim:
-            self.kv_proj = nn.Identity()
-        else:
-            self.kv_proj = nn.Linear(width, dim, bias=False)
-            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
-        init_linear(self.attn.out_proj)
-
-
 class QwenVisionTransformer(PositionedModule):
     """Qwen-VL's vision encoder: an image in, ``n_queries`` tokens of ``output_dim`` out.
 
@@ -140,7 +113,14 @@ class QwenVisionTransformer(PositionedModule):
         self.positional_embedding = nn.Parameter(table)
         self.ln_pre = nn.LayerNorm(width, eps=eps)
         self.transformer = VisualTransformer(config)
-        self.attn_pool = AttentionPool(config)
+        side = math.isqrt(config.n_queries)
+        self.attn_pool = QwenVLResampler(
+            width,
+            config.output_dim,
+            query_grid=(side, side),
+            num_heads=config.pool_heads,
+            eps=eps,
+        )
         self.ln_post = nn.LayerNorm(config.output_dim, eps=eps)
         self.requires_grad_(False).eval()
 
@@ -207,7 +187,7 @@ class QwenVisionTransformer(PositionedModule):
     def requires_grad_(self, requires_grad: bool = True) -> QwenVisionTransformer:
         """Free or freeze every parameter except the sine-cosine table, which stays frozen."""
         super().requires_grad_(requires_grad)
-        if isinstance(self.attn_pool, AttentionPool):  # and not a folded one in its place
+        if isinstance(self.attn_pool, QwenVLResampler):  # and not a folded one in its place
             self.attn_pool.pos_embed.requires_grad_(False)
         return self
 

@@ -1,0 +1,135 @@
+"""Images of different sizes in one batch, their tokens one after another and without padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from visproj.checks import check_features
+from visproj.errors import InputError
+from visproj.ops.checks import check_device, check_tensor
+from visproj.positions import Grid, grid_of
+
+
+class Packed(NamedTuple):
+    """The tokens of several images.
+
+    Attributes:
+        rows: ``[T, C]``, image after image.
+        lengths: How many rows each image has; their sum is ``T``.
+        grids: The grid of each image; empty where positions do not matter.
+    """
+
+    rows: Tensor
+    lengths: list[int]
+    grids: list[Grid]
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Cut ``[T, ...]`` into images."""
+        return rows.split(self.lengths)
+
+
+def pack(
+    features: Tensor | Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    grids: Sequence[Grid | None] | None,
+    *,
+    width: int,
+    has_cls: bool,
+    positioned: bool,
+) -> Packed:
+    """Check a batch of images and lay their tokens one after another, without CLS.
+
+    Args:
+        features: A list of ``[L_i, C]``, or ``[T, C]`` beside ``cu_seqlens``.
+        cu_seqlens: int32 ``[B + 1]``: where each image starts, and ``T``.
+        grids: Rows and columns of each image; squares where they or one of them is ``None``.
+        width: ``C``.
+        has_cls: Whether each image starts with a CLS token, which is dropped.
+        positioned: Whether grids are needed.
+
+    Raises:
+        TypeError: If features are not floating point, or ``cu_seqlens`` is not int32.
+        ValueError: If shapes, devices, lengths and grids do not fit one another.
+    """
+    images = list(features) if cu_seqlens is None else _cut(features, cu_seqlens)
+    for index, image in enumerate(images):
+        check_features(image, width)
+        if image.ndim != 2:
+            raise InputError(f"image {index} must be [L, {width}], got shape {list(image.shape)}")
+        if image.device != images[0].device or image.dtype != images[0].dtype:
+            raise InputError(
+                f"image {index} is {image.dtype} on {image.device}, image 0 is "
+                f"{images[0].dtype} on {images[0].device}"
+            )
+    wanted: list[Grid | None] = [None] * len(images) if grids is None else list(grids)
+    if len(wanted) != len(images):
+        raise InputError(f"there are {len(images)} images, but {len(wanted)} grids")
+    if not images:
+        raise InputError("there are no images: a packed batch needs one at least")
+    images = [image[1:] for image in images] if has_cls else images
+    lengths = [image.shape[0] for image in images]
+    found = []
+    for index, (length, grid) in enumerate(zip(lengths, wanted, strict=True)):
+        if positioned or grid is not None or not length:
+            try:
+                found.append(grid_of(length, grid))
+            except InputError as error:
+                raise InputError(f"image {index}: {error}") from error
+    rows = torch.cat(images) if has_cls or cu_seqlens is None else features
+    assert isinstance(rows, Tensor)
+    return Packed(rows, lengths, found if positioned else [])
+
+
+def _cut(features: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> list[Tensor]:
+    """The images of ``[T, C]``, of which ``cu_seqlens`` says where they start."""
+    check_tensor("features", features)
+    check_tensor("cu_seqlens", cu_seqlens)
+    assert isinstance(features, Tensor)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens):
+        raise InputError(f"cu_seqlens must be [B + 1], got shape {list(cu_seqlens.shape)}")
+    if features.ndim != 2:
+        raise InputError(
+            f"beside cu_seqlens features must be [T, C], got shape {list(features.shape)}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        check_device("cu_seqlens", cu_seqlens, "features", features)
+    starts = cu_seqlens.tolist()  # waits for the device once
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] or starts[-1] != len(features) or any(length < 0 for length in lengths):
+        raise InputError(
+            f"cu_seqlens must rise from 0 to the {len(features)} rows of the features, got "
+            f"{starts if len(starts) < 20 else [*starts[:10], '...', *starts[-5:]]}"
+        )
+    return list(features.split(lengths))
+
+
+def read_grids(sizes: Tensor | Sequence[Grid], batch: int, length: int) -> list[Grid]:
+    """Grids given as ``[B, 2]`` rows and columns, for images padded to ``length`` tokens.
+
+    Raises:
+        TypeError: If a tensor of sizes is not of integers.
+        ValueError: If there are not ``batch`` of them, or one is not positive or does not fit.
+    """
+    if isinstance(sizes, Tensor):
+        if sizes.is_floating_point() and not bool((sizes == sizes.round()).all()):
+            raise TypeError(f"sizes must be whole numbers, got {sizes.dtype}")
+        if sizes.ndim != 2 or sizes.shape[1] != 2:
+            raise InputError(f"sizes must be [B, 2], got shape {list(sizes.shape)}")
+        sizes = sizes.to("cpu", torch.int64).tolist()  # waits for the device once
+    grids = [(int(rows), int(columns)) for rows, columns in sizes]
+    if len(grids) != batch:
+        raise InputError(f"there are {batch} images, but {len(grids)} sizes")
+    for index, grid in enumerate(grids):
+        if min(grid) < 1 or math.prod(grid) > length:
+            raise InputError(
+                f"image {index} cannot have a {grid[0]}x{grid[1]} grid: there are {length} tokens"
+            )
+    return grids

@@ -1,0 +1,328 @@
+"""Learned queries that attend through an ``nn.MultiheadAttention`` to normalised features."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from visproj import ops
+from visproj.checks import check_heads, check_width
+from visproj.errors import InputError
+from visproj.folding.algebra import fold_linear_norm, or_zeros
+from visproj.folding.key_values import Constants, KeyValues
+from visproj.folding.modules import check_foldable, copied_linear, copied_norm
+from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler, folded_resampler
+from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
+from visproj.ops.cross_attention import cast_mask, check_masks
+from visproj.packing import Packed
+from visproj.positions import Grid, check_grid, resize_position_table, sincos_position_table
+from visproj.resampler import Resampler
+
+_ATTENTION: Reads = {"attn": nn.MultiheadAttention}
+OUTPUT: Reads = {"attn.out_proj": NonDynamicallyQuantizableLinear}
+_NORM: Reads = {"ln_kv": nn.LayerNorm}
+_NORMALISED: Reads = {"kv_proj": nn.Linear, **_NORM}
+_QUERIES: Reads = {"ln_q": nn.LayerNorm}
+
+
+class MultiheadResampler(Resampler):
+    """A resampler with an ``nn.MultiheadAttention``, which it takes apart where it may.
+
+    A subclass gives :meth:`tokens`, what attention is called with, and :meth:`finish_projected`.
+
+    Attributes:
+        attention: The name of the attention.
+    """
+
+    attention: ClassVar[str] = "attn"
+
+    def tokens(
+        self, features: Tensor, positions: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[Q, D]``, keys and values ``[B, L, D]``, before the attention projects them."""
+        raise NotImplementedError
+
+    def finish_projected(self, x: Tensor) -> Tensor:
+        """Everything after the attention's own output projection."""
+        return x
+
+    def _takes_apart(self) -> bool:
+        """Whether the attention's parameters may be read."""
+        return is_plain(self, {self.attention: nn.MultiheadAttention})
+
+    def _attention(self) -> Any:
+        return self.get_submodule(self.attention)
+
+    def resample(
+        self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`Resampler.resample`, attention called whole where it cannot be taken apart."""
+        if self._takes_apart():
+            return super().resample(features, positions, return_attention, **masks)
+        if positions is not None:
+            positions = positions.view(-1, features.shape[1], positions.shape[-1])
+        tokens = self.tokens(features, positions, self.query_count(features.shape[1]))
+        out, maps = call_attention(
+            self._attention(), *tokens, self.num_heads, return_attention, **masks
+        )
+        return self.finish_projected(out), maps
+
+    def resample_packed(
+        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """As :meth:`Resampler.resample_packed`; attention called whole: one by one."""
+        if self._takes_apart():
+            return super().resample_packed(packed, return_attention, positions)
+        return self.one_by_one(packed, return_attention, positions)
+
+    def project(
+        self, features: Tensor, positions: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Resampler.project`."""
+        attn = self._attention()
+        bias = attn.in_proj_bias
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        rows = zip(
+            self.tokens(features, positions, queries),
+            attn.in_proj_weight.chunk(3),
+            biases,
+            strict=True,
+        )
+        return tuple(F.linear(*parts).unflatten(-1, (self.num_heads, -1)) for parts in rows)
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """As :meth:`Resampler.finish`."""
+        return self.finish_projected(self._attention().out_proj(attended))
+
+
+class AttentionResampler(MultiheadResampler):
+    """Learned queries and ``nn.MultiheadAttention`` over normalised features.
+
+    ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
+    multi-head attention. ``pos`` is a frozen 2-D sine-cosine table over the query grid, ``pos_k``
+    the same table resized bicubically to the grid of the features. The queries are normalised and
+    projected once per call. A child that does more than apply its weights (LoRA, hooks) is called
+    instead of being fused, at the cost of its own stage alone. Where ``kv_proj`` is an
+    ``nn.Identity``, features are normalised as they come.
+
+    Args:
+        vis_dim: Width ``C`` of the features.
+        embed_dim: Width ``D`` of queries, keys and values, a multiple of 4.
+        query_grid: Rows and columns of the queries.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        has_cls: Whether the first visual token is a CLS token, to be dropped.
+        eps: Of the LayerNorms.
+        table: Whether there is a table ``pos_embed`` over the query grid.
+    """
+
+    folded: ClassVar[type[FoldedResampler]] = FoldedPerceiver
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        vis_dim: int,
+        embed_dim: int,
+        *,
+        query_grid: Grid,
+        num_heads: int | None = None,
+        has_cls: bool,
+        eps: float,
+        table: bool = True,
+    ) -> None:
+        super().__init__()
+        embed_dim = check_width("lang_dim", embed_dim)
+        if not isinstance(has_cls, bool):
+            raise TypeError(f"has_cls must be a bool, got {has_cls!r}")
+        self.vis_dim = vis_dim
+        self.embed_dim = embed_dim
+        self.query_grid = check_grid(query_grid)
+        self.num_queries = math.prod(self.query_grid)
+        default_heads = max(1, embed_dim // 128)
+        self.num_heads = check_heads(embed_dim, default_heads if num_heads is None else num_heads)
+        self.has_cls = has_cls
+
+        if table:
+            positions = sincos_position_table(embed_dim, self.query_grid)
+            self.register_parameter("pos_embed", nn.Parameter(positions, requires_grad=False))
+        self.query = nn.Parameter(torch.empty(self.num_queries, embed_dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.kv_proj: nn.Module = nn.Linear(vis_dim, embed_dim)
+        self.attn = nn.MultiheadAttention(embed_dim, self.num_heads)
+        self.ln_q = nn.LayerNorm(embed_dim, eps=eps)
+        self.ln_kv = nn.LayerNorm(embed_dim, eps=eps)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """As :meth:`Resampler.positions`."""
+        return self._resized(self.pos_embed, self.query_grid, grid)
+
+    def latents(self) -> Tensor:
+        """The queries ``[Q, D]`` as attention takes them."""
+        return self.ln_q(self.query) + self.pos_embed
+
+    def project(
+        self, features: Tensor, positions: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Resampler.project`.
+
+        On the kernels keys and values come from one product, and so do the keys' positions for all
+        images.
+        """
+        if ops.runs_triton(features) and is_plain(self, _NORMALISED):
+            kv, q = linear_norm_linear(
+                features,
+                self.kv_proj,
+                self.ln_kv,
+                self.attn.in_proj_weight,
+                self.attn.in_proj_bias,
+                positions=positions,
+                positioned=self.embed_dim,
+                queries=self.latents(),
+                queried=self.embed_dim,
+            )
+            heads = (self.num_heads, -1)  # [Q, H, d] and [B, L, 2, H, d]
+            return q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads))
+        return super().project(features, positions, queries)
+
+    def tokens(
+        self, features: Tensor, positions: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`MultiheadResampler.tokens`."""
+        values = self._normalised(features)
+        return self.latents(), values if positions is None else values + positions, values
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        """``LN_kv(x W_kvᵀ + b_kv)``, ``[B, L, D]``."""
+        if is_plain(self, _NORMALISED):
+            return linear_layer_norm(features, self.kv_proj, self.ln_kv)
+        return self.ln_kv(self.kv_proj(features))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        grid: Grid | None = None,
+        form: str | None = None,
+        triton: bool | None = None,
+    ) -> FoldedResampler:
+        """As :func:`visproj.fold`; both forms are the same whatever ``triton`` says."""
+        bare = isinstance(self.kv_proj, nn.Identity)
+        normalised: Reads = {"kv_proj": nn.Identity, **_NORM} if bare else _NORMALISED
+        reads = {**normalised, **_QUERIES, **_ATTENTION, **self._reads()}
+        check_foldable(self, self.folded, reads)
+        dtype = self.query.dtype if dtype is None else dtype
+        parts, constants = self._parts()
+        tail, described = self._folded_tail(dtype)
+        sides = self._usual_grid() if grid is None else check_grid(grid)
+        return folded_resampler(
+            self.folded,
+            self,
+            parts,
+            constants,
+            tail,
+            length=math.prod(sides),
+            form=form,
+            dtype=dtype,
+            tables=lambda weight: self._tables(weight, sides),
+            grid=list(sides),
+            **self._described(),
+            **described,
+        )
+
+    def _parts(self) -> tuple[KeyValues, Constants]:
+        """Keys and values, and what else is constant, in fp64."""
+        linear: Any = self.kv_proj
+        norm, attn = self.ln_kv, self.attn
+        weight, bias = attn.in_proj_weight, or_zeros(attn.in_proj_bias, attn.in_proj_weight)
+        (w_q, w_kv), (b_q, b_kv) = (
+            t.double().tensor_split([self.embed_dim]) for t in (weight, bias)
+        )
+        inner = norm.weight, norm.bias, norm.eps
+        if isinstance(linear, nn.Linear):
+            kv = fold_linear_norm(linear.weight, linear.bias, *inner, w_kv, b_kv)
+            parts = KeyValues(kv.weight, kv.bias, kv.shift, (kv.factor, kv.factor_bias, kv.floor))
+        else:
+            shift = w_kv @ or_zeros(norm.bias, norm.weight).double() + b_kv
+            parts = KeyValues(
+                w_kv * norm.weight.double(), torch.zeros_like(shift), shift, None, norm.eps
+            )
+        # The keys' part of the shift adds one number to every score of a query, and is left out.
+        parts.shift[: self.embed_dim] = 0
+        queries = F.linear(self._latents_in_double(), w_q, b_q)
+        heads = (self.num_heads, -1)
+        return parts, Constants(queries.unflatten(-1, heads), w_kv[: self.embed_dim])
+
+    def _latents_in_double(self) -> Tensor:
+        """:meth:`latents` in fp64."""
+        return copied_norm(self.ln_q, torch.float64)(self.query.double()) + self.pos_embed.double()
+
+    def _usual_grid(self) -> Grid:
+        """The grid that a fold prepares for unless told otherwise."""
+        return self.query_grid
+
+    def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """What the folded form keeps of its keys' positions, ``weight`` applied."""
+        resized = resize_position_table(self.pos_embed, self.query_grid, grid)
+        named = {"position_table": self.pos_embed, "kv_table": resized}
+        return {name: table.double() @ weight.T for name, table in named.items()}
+
+    def _described(self) -> dict[str, Any]:
+        """What else the configuration of a fold says."""
+        return {}
+
+    def _reads(self) -> Reads:
+        """The children after the attention that a fold reads."""
+        return OUTPUT
+
+    def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
+        """What a fold puts after the attention, and how its configuration describes it."""
+        return copied_linear(self.attn.out_proj, dtype), {"out_floor": None}
+
+
+def call_attention(
+    attn: nn.Module,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    return_attention: bool,
+    **masks: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Shared queries ``[Q, D]`` over ``[B, L, D]`` by calling ``attn``, whatever it is by now."""
+    batch, length, _ = keys.shape
+    check_masks(keys, (batch, heads, len(queries), length), **masks)
+    if not batch:  # nn.MultiheadAttention takes one image at least: give it one, keep none
+        keys, values = (F.pad(tokens, (0, 0, 0, 0, 0, 1)) for tokens in (keys, values))
+        masks = dict.fromkeys(masks)
+        out, maps = call_attention(attn, queries, keys, values, heads, return_attention, **masks)
+        return out[:0], None if maps is None else maps[:0]
+    mask = masks["attn_mask"]
+    if mask is not None and mask.is_floating_point():
+        masks["attn_mask"] = cast_mask(mask, keys.dtype)
+    q = queries.expand(batch, -1, -1)  # [B, Q, D]
+    batch_first = getattr(attn, "batch_first", False)
+    tokens = [t if batch_first else t.transpose(0, 1) for t in (q, keys, values)]
+    out = attn(*tokens, need_weights=False, **masks)[0]
+    out = out if batch_first else out.transpose(0, 1)
+    if not return_attention:
+        return out, None
+    if attn.training and getattr(attn, "dropout", None):
+        raise InputError("attention maps need attn.dropout off: call eval() first")
+    maps = attn(*tokens, average_attn_weights=False, **masks)[1]
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
+    sound = ~out.isnan().any(-1)[:, None, :, None]
+    return out, maps.masked_fill(sound & maps.isnan(), 0.0)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Upstream's rule, which passes over ``in_proj_weight`` because it is not an ``nn.Linear``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

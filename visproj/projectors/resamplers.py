@@ -1,0 +1,264 @@
+"""The Perceiver's relatives in other models: Qwen-VL's and MiniCPM-V's resamplers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visproj.calls import MiniCPM2Calls, MiniCPMCalls
+from visproj.errors import InputError
+from visproj.folding.algebra import fold_linear_norm
+from visproj.folding.modules import ScaledLinear, copied, copied_norm
+from visproj.folding.resamplers import (
+    FoldedMiniCPM,
+    FoldedMiniCPM2,
+    FoldedMiniCPM2Resized,
+    FoldedResampler,
+)
+from visproj.fusion import Reads, is_plain, linear_norm_linear
+from visproj.positions import Grid, sincos_axis
+from visproj.projectors.attention import OUTPUT, AttentionResampler, init_linear
+
+_TAIL: Reads = {**OUTPUT, "ln_post": nn.LayerNorm}
+_FORESEEN = (70, 70)  # rows and columns of positions that a fold keeps ready
+
+
+class QwenVLResampler(AttentionResampler):
+    """Qwen-VL's resampler: it ends with its attention, and has neither CLS nor ``kv_proj`` bias.
+
+    ``[..., L, C] -> [..., Q, D]``. Where ``C`` is ``D`` there is no ``kv_proj`` weight. State-dict
+    keys: ``query [Q, D]``, ``pos_embed [Q, D]``, ``kv_proj.weight [D, C]``, ``attn.*``, ``ln_q.*``,
+    ``ln_kv.*``.
+
+    Args:
+        vis_dim: Width ``C`` of the features.
+        embed_dim: Width ``D`` of queries, keys and values, a multiple of 4.
+        query_grid: Rows and columns of the queries.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        eps: Of the LayerNorms.
+        table: Whether there is a table ``pos_embed`` over the query grid.
+
+    Source: Qwen-VL ``visual.py`` and DeepSpeed-VisualChat ``qwen_clip.py``, ``Resampler``.
+    """
+
+    def __init__(
+        self,
+        vis_dim: int,
+        embed_dim: int,
+        *,
+        query_grid: Grid = (16, 16),
+        num_heads: int | None = None,
+        eps: float = 1e-6,
+        table: bool = True,
+    ) -> None:
+        super().__init__(
+            vis_dim,
+            embed_dim,
+            query_grid=query_grid,
+            num_heads=num_heads,
+            has_cls=False,
+            eps=eps,
+            table=table,
+        )
+        if vis_dim == embed_dim:
+            self.kv_proj = nn.Identity()
+        else:
+            self.kv_proj = nn.Linear(vis_dim, embed_dim, bias=False)
+            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
+        init_linear(self.attn.out_proj)
+
+
+class _MiniCPMTail(QwenVLResampler):
+    """What MiniCPM-V's resamplers share: after the attention ``LN_post(O W_oᵀ + b_o) P``."""
+
+    def __init__(self, vis_dim: int, embed_dim: int, **options: Any) -> None:
+        super().__init__(vis_dim, embed_dim, **options)
+        self.ln_post = nn.LayerNorm(embed_dim, eps=self.ln_kv.eps)
+        self.proj = nn.Parameter(torch.randn(embed_dim, embed_dim) * embed_dim**-0.5)
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """As :meth:`Resampler.finish`: output projection, LayerNorm and ``proj`` as one."""
+        if is_plain(self, _TAIL) and type(self.proj) in (Tensor, nn.Parameter):
+            return linear_norm_linear(attended, self.attn.out_proj, self.ln_post, self.proj.T, None)
+        return super().finish(attended)
+
+    def finish_projected(self, x: Tensor) -> Tensor:
+        """LayerNorm and ``proj``."""
+        return self.ln_post(x) @ self.proj
+
+    def _reads(self) -> Reads:
+        return _TAIL
+
+    def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
+        linear: Any = self.attn.out_proj
+        norm = self.ln_post
+        inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+        scaled = fold_linear_norm(*inner, self.proj.T, None)
+        return ScaledLinear(copied(scaled, dtype)), {"out_floor": scaled.floor}
+
+
+class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
+    """The resampler of MiniCPM-V 2.5, 2.6, 4.x and MiniCPM-o.
+
+    ``y = LN_kv(x W_kvᵀ)``; queries ``LN_q(query)``, keys ``y + pos[:h, :w]``, values ``y``;
+    multi-head attention; ``LN_post(O W_oᵀ + b_o) P``. The sine-cosine table ``pos`` is cut, never
+    resized, and computed for a grid that is larger. State-dict keys: ``query [Q, D]``,
+    ``proj [D, D]``, ``kv_proj.weight [D, C]`` (none where ``C`` is ``D``), ``attn.*``, ``ln_q.*``,
+    ``ln_kv.*``, ``ln_post.*``; ``pos_embed [h, w, D]`` is a buffer that is not saved.
+
+    Args:
+        vis_dim: Width ``C`` of the features.
+        embed_dim: Width ``D`` of the language model, a multiple of 4.
+        num_queries: ``Q``.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        eps: Of the LayerNorms.
+        max_size: Rows and columns of the table.
+
+    Source: MiniCPM-V ``resampler.py``.
+    """
+
+    folded: ClassVar[type[FoldedResampler]] = FoldedMiniCPM
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        vis_dim: int,
+        embed_dim: int,
+        *,
+        num_queries: int = 64,
+        num_heads: int | None = None,
+        eps: float = 1e-6,
+        max_size: Grid = _FORESEEN,
+    ) -> None:
+        super().__init__(
+            vis_dim,
+            embed_dim,
+            query_grid=(1, num_queries),
+            num_heads=num_heads,
+            eps=eps,
+            table=False,
+        )
+        self.register_buffer("pos_embed", _cells(embed_dim, max_size), persistent=False)
+
+    def latents(self) -> Tensor:
+        """As :meth:`AttentionResampler.latents`: without positions."""
+        return self.ln_q(self.query)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """As :meth:`Resampler.positions`: a cut of the table, or more than it holds."""
+        table = self.pos_embed
+        if grid[0] > table.shape[0] or grid[1] > table.shape[1]:
+            table = _cells(self.embed_dim, grid)
+        return table[: grid[0], : grid[1]].flatten(0, 1).to(self.query)
+
+    def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """As :meth:`MiniCPMCalls.positions_at`."""
+        high, wide, _ = self.pos_embed.shape
+        outside = (rows >= high) | (columns >= wide)
+        found = self.pos_embed[rows.clamp(max=high - 1), columns.clamp(max=wide - 1)]
+        return found.masked_fill(outside[:, None], math.nan).to(self.query)
+
+    def temporal_positions(self, times: Sequence[int]) -> Tensor:
+        """As :meth:`MiniCPMCalls.temporal_positions`."""
+        table = sincos_axis(self.embed_dim, [max(time, 0) for time in times])
+        table[[time < 0 for time in times]] = 0
+        return table.to(self.query)
+
+    def _latents_in_double(self) -> Tensor:
+        return copied_norm(self.ln_q, torch.float64)(self.query.double())
+
+    def _usual_grid(self) -> Grid:
+        return 32, 32
+
+    def _described(self) -> dict[str, Any]:
+        return {"table": list(self.pos_embed.shape[:2])}
+
+    def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        half = self.embed_dim // 2
+        rows, columns = self.pos_embed[:, 0, half:], self.pos_embed[0, :, :half]
+        if not torch.equal(_by_cell(rows, columns), self.pos_embed):
+            raise InputError(
+                "cannot fold pos_embed of MiniCPMResampler: it is not one vector per row beside "
+                "one per column"
+            )
+        return _axes(weight, rows, columns)
+
+
+class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
+    """The resampler of MiniCPM-V 1.0 and 2.0.
+
+    As :class:`MiniCPMResampler`, but queries have the positions ``pos_embed [Q, D]``, which is a
+    parameter, and images of one batch share a grid.
+
+    Args:
+        vis_dim: Width ``C`` of the features.
+        embed_dim: Width ``D`` of the language model, a multiple of 4.
+        query_grid: Rows and columns of the queries.
+        num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
+        eps: Of the LayerNorms.
+        adaptive: Whether keys have the sine-cosine table of their own grid (2.0), or ``pos_embed``
+            resized bicubically (1.0).
+
+    Source: MiniCPM-V-2 ``resampler.py``.
+    """
+
+    def __init__(
+        self,
+        vis_dim: int,
+        embed_dim: int,
+        *,
+        query_grid: Grid = (8, 8),
+        num_heads: int | None = None,
+        eps: float = 1e-6,
+        adaptive: bool = True,
+    ) -> None:
+        super().__init__(vis_dim, embed_dim, query_grid=query_grid, num_heads=num_heads, eps=eps)
+        self.adaptive = adaptive
+
+    @property
+    def folded(self) -> type[FoldedResampler]:  # type: ignore[override]
+        """The folded form's class."""
+        return FoldedMiniCPM2 if self.adaptive else FoldedMiniCPM2Resized
+
+    def positions(self, grid: Grid) -> Tensor:
+        """As :meth:`Resampler.positions`."""
+        if not self.adaptive:
+            return super().positions(grid)
+        return _cells(self.embed_dim, grid).flatten(0, 1).to(self.query)
+
+    def _described(self) -> dict[str, Any]:
+        return {"table": list(_FORESEEN)} if self.adaptive else {}
+
+    def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        if not self.adaptive:
+            return super()._tables(weight, grid)
+        half = self.embed_dim // 2
+        rows, columns = (sincos_axis(half, range(size)) for size in _FORESEEN)
+        return _axes(weight, rows, columns)
+
+
+def _cells(width: int, grid: Grid) -> Tensor:
+    """The sine-cosine table ``[h, w, D]`` of a grid, columns first, rounded as MiniCPM-V's."""
+    return _by_cell(*(sincos_axis(width // 2, range(size)) for size in grid))
+
+
+def _by_cell(rows: Tensor, columns: Tensor) -> Tensor:
+    """``[h, D / 2]`` and ``[w, D / 2]`` as one table ``[h, w, D]``, columns first."""
+    return torch.cat(
+        [columns.expand(len(rows), -1, -1), rows[:, None].expand(-1, len(columns), -1)], -1
+    )
+
+
+def _axes(weight: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Projected rows and columns, and the weight for those that are not foreseen."""
+    half = columns.shape[-1]
+    return {
+        "position_weight": weight,
+        "rows": F.linear(rows.to(weight), weight[:, half:]),
+        "columns": F.linear(columns.to(weight), weight[:, :half]),
+    }
