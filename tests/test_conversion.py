@@ -12,7 +12,7 @@ from torch import nn
 from upstream import KINDS, UpstreamModel, upstream_projector
 
 import visproj
-from visproj.conversion import _PROJECTORS
+from visproj.recognition import PROJECTORS as _PROJECTORS
 
 
 def named(model):

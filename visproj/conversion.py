@@ -1,43 +1,49 @@
-"""DeepSpeed-VisualChat's projectors inside a model exchanged for visproj's, and back."""
+"""Projectors and resamplers inside a model exchanged for visproj's, folded or not, and back."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visproj.checks import check_module
-from visproj.clip import ACTIVATIONS, CLIPMLP, CLIPAttention, CLIPEncoderLayer, VisionConfig
 from visproj.errors import InputError
-from visproj.projectors import LinearProjector, PerceiverProjector, ViTProjector, build_projector
+from visproj.folding.modules import FoldedProjector
+from visproj.recognition import CLIP, PROJECTORS, counterpart, kind_of
 
-_PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
-# Containers of transformers' that ours take the place of; every other child is carried over.
-_CLIP = (CLIPEncoderLayer, CLIPAttention, CLIPMLP)
-_PERCEIVER = {"kv_proj", "attn", "ln_q", "ln_kv", "projection"}
-_VIT = {"vis_layer", "projection"}
-_VIS_LAYER = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 _UPSTREAM = "_upstream"
 
 Change = Callable[[str, str, nn.Module], nn.Module | None]
 
 
-def convert(model: nn.Module) -> list[str]:
-    """Replace DeepSpeed-VisualChat's projectors inside ``model`` by visproj's, in place.
+def convert(
+    model: nn.Module,
+    fold: bool = False,
+    keep: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Replace the projectors and resamplers inside ``model`` by visproj's, in place.
 
-    Matched by structure, nothing of DeepSpeed-VisualChat's is imported: ``VisProjection_perceiver``
-    and ``VisProjection_vit`` by the names, types and shapes of what they hold; the baseline, an
-    ``nn.Sequential`` of Linear and LayerNorm, also by its name, ``projection``. Projectors that are
-    visproj's already stay. Parameters and child modules are carried over as the objects that they
-    are: state dict, optimiser state, ties, ``requires_grad``, training mode and the hooks of
-    children stay what they were. :func:`revert` undoes it. Call it before DeepSpeed or FSDP wrap
-    the model.
+    Found by structure (names, types, shapes and order of what they hold), nothing of the model's
+    code is imported: DeepSpeed-VisualChat's ``VisProjection_perceiver``, ``VisProjection_vit`` and
+    baseline, an ``nn.Sequential`` of Linear and LayerNorm under the name ``projection``; the
+    resamplers of MiniCPM-V and Qwen-VL; Aria's and Kosmos-2's projectors. They are called as the
+    model calls them today. What is visproj's already stays. Parameters and child modules are
+    carried over as the objects that they are: state dict, optimiser state, ties,
+    ``requires_grad``, training mode and the hooks of children stay what they were. :func:`revert`
+    undoes it. Call it before adapters are added and before DeepSpeed or FSDP wrap the model.
 
     Args:
         model: Any module that holds such projectors.
+        fold: For inference: replace them by their folded forms (:func:`visproj.fold`), those that
+            are visproj's already as well. The model can then not be saved without ``keep``, and not
+            be trained.
+        keep: With ``fold``, keep the originals beside the folded forms, in memory too: the model's
+            state dict is then that of the originals, and :func:`revert` works.
+        dtype: With ``fold``, that of the folded weights, by default each module's own.
 
     Returns:
         The names of the modules that were replaced.
@@ -45,21 +51,27 @@ def convert(model: nn.Module) -> list[str]:
     Raises:
         TypeError: If ``model`` is not a module.
         ValueError: If there is no projector in ``model``, or one that cannot be replaced: with
-            hooks of its own, with adapters or other replacements inside, or of shapes that do not
-            go together. Then nothing has been replaced.
+            hooks of its own, with adapters or other replacements inside, with a parameter too many,
+            or of shapes that do not go together; or if ``keep`` or ``dtype`` come without ``fold``.
+            Then nothing has been replaced.
 
-    Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``.
+    Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``, MiniCPM-V
+    ``resampler.py``, Qwen-VL ``visual.py``, transformers ``models/aria`` and ``models/kosmos2``.
     """
     check_module("convert", model)
-    if _kind("", model) is not None:
+    if (keep or dtype is not None) and not fold:
+        raise InputError("keep and dtype are for folding: pass fold=True")
+    if kind_of("", model) is not None:
         raise InputError(
             f"{type(model).__name__} is a projector itself: pass the module that holds it"
         )
+    change = partial(_folded, keep=keep, dtype=dtype) if fold else _converted
     return _replace(
         model,
-        _counterpart,
+        change,
         "holds no projector of DeepSpeed-VisualChat's: neither VisProjection_perceiver nor "
-        "VisProjection_vit, nor nn.Sequential(Linear, LayerNorm) under the name projection",
+        "VisProjection_vit, nor nn.Sequential(Linear, LayerNorm) under the name projection; and no "
+        "resampler of MiniCPM-V or Qwen-VL, and no projector of Aria's or Kosmos-2's",
     )
 
 
@@ -74,8 +86,8 @@ def revert(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If there is no converted projector in ``model``, or one with hooks of its own.
-            Then nothing has been put back.
+        ValueError: If there is no converted projector in ``model``, or one with hooks of its own,
+            or one that was folded without ``keep``. Then nothing has been put back.
     """
     check_module("revert", model)
     return _replace(model, _original, "holds no projector that visproj.convert put there")
@@ -119,6 +131,14 @@ def _make(
 
 
 def _original(name: str, path: str, child: nn.Module) -> nn.Module | None:
+    if isinstance(child, FoldedProjector) and child.replaced is not None:
+        if child.replaced.original is None:
+            raise InputError(
+                f"{path} was folded without keep=True, so its own weights are gone: load the model "
+                "again"
+            )
+        kept = child.replaced.original
+        return _original(name, path, kept) or kept
     upstream = child.__dict__.get(_UPSTREAM)
     if upstream is None:
         return None
@@ -127,21 +147,18 @@ def _original(name: str, path: str, child: nn.Module) -> nn.Module | None:
     return upstream
 
 
-def _counterpart(name: str, path: str, child: nn.Module) -> nn.Module | None:
-    if isinstance(child, _PROJECTORS):
+def _converted(name: str, path: str, child: nn.Module) -> nn.Module | None:
+    if isinstance(child, (*PROJECTORS, FoldedProjector)):
         return child
-    kind = _kind(name, child)
+    kind = kind_of(name, child)
     if kind is None:
         return None
     try:
-        _check_types(kind, child)
-        with torch.device("meta"):
-            projector = _BUILDERS[kind](child)
-        _check_shapes(child, projector)
+        projector = counterpart(kind, child)
     except ValueError as error:
         raise InputError(
-            f"{path} is built like DeepSpeed-VisualChat's {kind} projector, but {error}; convert "
-            "before adapters, quantisation or parametrisations are added"
+            f"{path} is built like {kind.name}, but {error}; convert before adapters, "
+            "quantisation or parametrisations are added"
         ) from error
     _refuse_hooks(child, path)
     _hand_over(child, projector)
@@ -149,125 +166,27 @@ def _counterpart(name: str, path: str, child: nn.Module) -> nn.Module | None:
     return projector
 
 
-def _kind(name: str, module: nn.Module) -> str | None:
-    """Which projector has children of these names."""
-    names = {name for name, child in module._modules.items() if child is not None}
-    if names == _PERCEIVER:
-        return "perceiver"
-    if names == _VIT and set(module.get_submodule("vis_layer")._modules) == _VIS_LAYER:
-        return "vit"
-    if name == "projection" and type(module) is nn.Sequential and len(module) == 2:
-        linear, norm = module
-        if hasattr(linear, "in_features") and isinstance(norm, nn.LayerNorm):
-            return "baseline"
-    return None
-
-
-def _check_types(kind: str, module: nn.Module) -> None:
-    """Raise unless every module below has exactly the type that ours has there."""
-    with torch.device("meta"):
-        ours = build_projector(kind, _clip_config(4, 4, 1, "gelu", 0.0), 4)
-    for name, wanted in ours.named_modules():
-        if isinstance(wanted, (*_PROJECTORS, *_CLIP)):
-            continue
-        try:
-            found = module.get_submodule(name)
-        except AttributeError as error:
-            raise InputError(f"it has no {name}") from error
-        if type(found) is not type(wanted):
-            raise InputError(
-                f"its {name} is a {type(found).__module__}.{type(found).__qualname__}, not a plain "
-                f"{type(wanted).__name__}"
-            )
-
-
-def _check_shapes(module: nn.Module, ours: nn.Module) -> None:
-    """Raise unless ``module`` holds parameters of our names and shapes and no buffers."""
-    found, wanted = _shapes(module), _shapes(ours)
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise InputError(
-                f"its {name} is {found.get(name, 'absent')} where {wanted.get(name, 'nothing')} "
-                "is wanted"
-            )
-    if buffers := [name for name, _ in module.named_buffers()]:
-        raise InputError(f"it has the buffer {buffers[0]}")
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    named = module.named_parameters(remove_duplicate=False)
-    return {name: list(_shape(parameter)) for name, parameter in named}
-
-
-def _shape(parameter: Tensor) -> torch.Size:
-    """The whole parameter's shape, also where ZeRO-3 keeps it in pieces."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _baseline(module: Any) -> nn.Module:
-    return LinearProjector(module[0].in_features, module[0].out_features)
-
-
-def _vit(module: Any) -> nn.Module:
-    if getattr(module.vis_layer, "gradient_checkpointing", False):
-        raise InputError("its vis_layer has gradient checkpointing on, which ours does not know")
-    attention, mlp = module.vis_layer.self_attn, module.vis_layer.mlp
-    linear = module.projection[0]
-    config = _clip_config(
-        linear.in_features,
-        mlp.fc1.out_features,
-        attention.num_heads,
-        _activation(mlp.activation_fn),
-        attention.dropout,
-    )
-    return ViTProjector(config, linear.out_features)
-
-
-def _clip_config(
-    width: int, intermediate: int, heads: int, activation: str, dropout: float
-) -> VisionConfig:
-    return VisionConfig(
-        hidden_size=width,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        hidden_act=activation,
-        layer_norm_eps=1e-5,  # the LayerNorms themselves are carried over
-        attention_dropout=dropout,
-    )
-
-
-def _activation(function: Callable[[Tensor], Tensor]) -> str:
-    """Return the name of an activation, found by what it computes."""
-    probe = torch.linspace(-4, 4, 33, device="cpu")
-    for name, ours in ACTIVATIONS.items():
-        # Two forms of one activation differ by roundings, two activations by 1e-3 and more.
-        if torch.allclose(function(probe), ours(probe), rtol=1e-5, atol=1e-5):
-            return name
-    raise InputError(f"its activation is none of {', '.join(ACTIVATIONS)}")
-
-
-def _perceiver(module: Any) -> nn.Module:
-    queries, width = _shape(module.query)
-    side = math.isqrt(queries)
-    return PerceiverProjector(
-        module.kv_proj.in_features,
-        width,
-        query_grid=(side, side),
-        num_heads=module.attn.num_heads,
-    )
-
-
-_BUILDERS = {"baseline": _baseline, "vit": _vit, "perceiver": _perceiver}
+def _folded(
+    name: str, path: str, child: nn.Module, *, keep: bool, dtype: torch.dtype | None
+) -> nn.Module | None:
+    projector: Any = _converted(name, path, child)
+    if projector is None or isinstance(projector, FoldedProjector):
+        return projector
+    _refuse_hooks(projector, path)
+    folded: FoldedProjector = projector.fold(dtype=dtype)
+    folded.replace(path, projector if keep else None)
+    return folded.eval()
 
 
 def _refuse_hooks(module: nn.Module, path: str) -> None:
     """Raise if a hook sits on ``module`` or on a container below that is not carried over."""
     for name, child in module.named_modules():
         exchanged = child is module or name in ("vis_layer", "vis_layer.self_attn", "vis_layer.mlp")
+        changed = isinstance(child, nn.MultiheadAttention) and _is_subclass(child)
         hooks = [key for key, value in vars(child).items() if key.endswith("hooks") and value]
         if "forward" in vars(child):
             hooks.append("a replaced forward")
-        if exchanged and hooks:
+        if (exchanged or changed) and hooks:
             where = f"{path}.{name}".removesuffix(".")
             raise InputError(
                 f"{where} has {hooks[0].strip('_')}, which would be lost: remove them first, or "
@@ -275,15 +194,32 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
             )
 
 
+def _is_subclass(module: nn.Module) -> bool:
+    return type(module) is not nn.MultiheadAttention
+
+
 def _hand_over(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the parameters and children of ``source``, and its training mode."""
+    """Give ``target`` the parameters, buffers and children of ``source``, and its training mode."""
     target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
     target.training = source.training
     for name, child in list(target._modules.items()):
         given = source._modules.get(name)
         if child is None or given is None:  # transformers' MLP has its activation as a child
             continue
-        if isinstance(child, _CLIP) or isinstance(given, _CLIP):
+        if _stays(given, child):
             _hand_over(given, child)
         else:
             target._modules[name] = given
+
+
+def _stays(given: nn.Module, child: nn.Module) -> bool:
+    """Whether ``child`` takes what ``given`` holds, instead of being replaced by it."""
+    if isinstance(child, CLIP) or isinstance(given, CLIP):
+        return True
+    pair = (given, child)
+    if all(isinstance(module, nn.MultiheadAttention) for module in pair):
+        return type(given) is not type(child)
+    linears = all(isinstance(module, nn.Linear) for module in pair)
+    return linears and type(given) is not type(child)

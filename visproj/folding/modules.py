@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +60,62 @@ class ScaledLinear(nn.Module):
 _PRODUCT: Reads = {"linear": nn.Linear}
 
 
+class Replaced(NamedTuple):
+    """What a folded module stands in for inside a model.
+
+    Attributes:
+        path: Where.
+        original: The module, if it was kept.
+    """
+
+    path: str
+    original: nn.Module | None
+
+
 class FoldedProjector(nn.Module):
     """What the folded forms share: constants for weights, and where they came from.
 
     Attributes:
         config: Widths, grids and eps, and a digest of the weights that were folded; JSON-able.
+        replaced: What :func:`visproj.convert` took out of a model for it, if anything.
     """
 
     config: dict[str, Any]
+    replaced: Replaced | None = None
+
+    def replace(self, path: str, original: nn.Module | None) -> None:
+        """Stand in for ``original`` inside a model, or, where it is ``None``, for what is gone."""
+        self.__dict__["replaced"] = Replaced(path, original)  # not as a child
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a model: the original's, if it was kept; of the folded module alone: its own.
+
+        Raises:
+            ValueError: If a model is saved whose original weights are gone.
+        """
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if self.replaced is None or not prefix:
+            return super().state_dict(*args, **kwargs)
+        if self.replaced.original is None:
+            raise InputError(
+                f"{self.replaced.path} was folded by visproj.convert, and the weights that a "
+                "checkpoint would need are gone: save the model before it is folded, fold with "
+                "keep=True, or write this module alone with its save()"
+            )
+        return self.replaced.original.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.replaced is not None and prefix:
+            raise InputError(
+                f"{self.replaced.path} was folded by visproj.convert: load the model before it is "
+                "folded, or put its modules back with visproj.revert first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.replaced is not None and self.replaced.original is not None:
+            self.replaced.original._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def like(self) -> Tensor:

@@ -85,6 +85,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         patch_to_query_dict: The number of queries for each number of tokens.
         num_heads: Attention heads.
         num_queries: Rows of ``query``; the most of ``patch_to_query_dict`` when ``None``.
+        hidden: Width inside the MLP, ``D`` when ``None``.
 
     Source: transformers ``models/aria/modeling_aria.py``, ``AriaProjector``.
     """
@@ -99,6 +100,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         patch_to_query_dict: Mapping[int, int],
         num_heads: int,
         num_queries: int | None = None,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         width, lang_dim = check_width("vis_dim", vis_dim), check_width("lang_dim", lang_dim)
@@ -111,7 +113,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         self.query = nn.Parameter(torch.zeros(rows, width))
         self.cross_attn: nn.Module = AriaCrossAttention(width, self.num_heads)
         self.layer_norm = nn.LayerNorm(width)
-        self.feed_forward: nn.Module = AriaMLP(width, lang_dim, lang_dim)
+        self.feed_forward: nn.Module = AriaMLP(width, hidden or lang_dim, lang_dim)
 
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
