@@ -1,4 +1,6 @@
-"""What folding a Perceiver buys on this machine's CPU: ``python -m benchmarks.fold``.
+"""What folding buys on this machine's CPU: ``python -m benchmarks.fold``.
+
+Of the Perceiver, or with ``--model`` of another model's resampler as it is published.
 
 Time as ratios of paired runs, memory as the peak above the weights in a process of its own,
 multiply-adds from torch's flop counter, errors against the fp64 oracle. What the Triton kernels
@@ -27,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import launches, measure, model
+from benchmarks import launches, measure, model, models
 from benchmarks.command import Parser, positive_int, require, run_command
 from benchmarks.peers import UpstreamPerceiver
 from benchmarks.runtimes import runtime_calls
@@ -57,8 +59,8 @@ def inputs(batch: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(batch, 1 + TOKENS, width).to(dtype)
 
 
-def _caller(module: Callable[[Tensor], Tensor], x: Tensor) -> measure.Call:
-    return lambda _: module(x)
+def _caller(module: Callable[..., object], *x: Tensor) -> measure.Call:
+    return lambda _: module(*x)
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> float:
@@ -66,14 +68,16 @@ def multiply_adds(module: nn.Module, x: Tensor) -> float:
     return model.costs(module, [x], trains=False)["forward"].flops / 2
 
 
-def peak_mib(name: str, batch: int) -> float:
+def peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
     """Peak memory of one call above what was resident before it, in a process of its own.
 
     There malloc maps every larger tensor by itself and returns it when it is freed. Left to its
     heap it keeps some, others each time: runs of one module then differ by up to 64 MiB.
     """
+    command = [sys.executable, "-m", "benchmarks.fold", "--measure-memory", name]
+    command += ["--batch", str(batch)] + (["--model", model_name] if model_name else [])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fold", "--measure-memory", name, "--batch", str(batch)],
+        command,
         capture_output=True,
         text=True,
         check=True,
@@ -83,7 +87,7 @@ def peak_mib(name: str, batch: int) -> float:
     return float(done.stdout)
 
 
-def own_peak_mib(name: str, batch: int) -> float:
+def own_peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
     """What :func:`peak_mib` starts. Linux only: it resets the kernel's high-water mark.
 
     What was freed before goes back to the system first, else the call would find it there.
@@ -96,13 +100,17 @@ def own_peak_mib(name: str, batch: int) -> float:
         assert found
         return int(found[1])
 
-    module = peers(CLIP_L, LLAMA_7B, torch.float32)[name]
-    module(inputs(1, CLIP_L, torch.float32))
-    x = inputs(batch, CLIP_L, torch.float32)
+    if model_name:
+        module = models.modules(model_name, torch.float32)[name]
+        first, call = (models.arguments(model_name, n, torch.float32) for n in (1, batch))
+    else:
+        module = peers(CLIP_L, LLAMA_7B, torch.float32)[name]
+        first, call = ((inputs(n, CLIP_L, torch.float32),) for n in (1, batch))
+    module(*first)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = status("VmRSS")
-    module(x)
+    module(*call)
     return (status("VmHWM") - before) / 1024
 
 
@@ -168,13 +176,43 @@ def ratio(other: list[float] | None, own: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def memory_table(batch: int) -> Table:
+def model_table(name: str, batch: int, pairs: int) -> Table:
+    """Medians and ratios of paired runs of another model's resampler, and differences."""
+    tokens, form = models.MODELS[name].tokens, models.chosen(name)
+    table = Table(title=f"{name}, {batch} images of {tokens} tokens; fold takes {form}")
+    table.add_column("dtype")
+    table.add_column("module")
+    for heading in ("ms", "published / it", "difference", "G multiply-adds\nan image"):
+        table.add_column(heading, justify="right")
+    for dtype in (torch.float32, torch.bfloat16):
+        modules = models.modules(name, dtype)
+        call = models.arguments(name, batch, dtype)
+        truth = models.features(modules["published"](*call)).double()
+        with console.status(f"timing {dtype}"):
+            runs = {key: _caller(module, *call) for key, module in modules.items()}
+            seconds = measure.paired_samples(runs, call[0].device, seconds=0, min_rounds=pairs)
+        for key, taken in seconds.items():
+            found = models.features(modules[key](*call))
+            cost = models.multiply_adds(modules[key], call)
+            table.add_row(
+                str(dtype).removeprefix("torch."),
+                key,
+                f"{1e3 * statistics.median(taken):.0f}",
+                ratio(seconds["published"], taken),
+                f"{measure.relative_error(found, truth):.1e}",
+                f"{cost / batch / 1e9:.2f}",
+            )
+    return table
+
+
+def memory_table(batch: int, name: str | None = None) -> Table:
     """Peak memory above the weights."""
     table = Table(title=f"Peak memory above the weights, fp32, batch {batch}", title_justify="left")
     table.add_column("module")
     table.add_column("MiB", justify="right")
-    for name in track(MODULES, "memory", console=console, transient=True):
-        table.add_row(name, f"{peak_mib(name, batch):.0f}")
+    which = models.FORMS if name else MODULES
+    for module in track(which, "memory", console=console, transient=True):
+        table.add_row(module, f"{peak_mib(module, batch, name):.0f}")
     return table
 
 
@@ -215,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BackendError: On another system than Linux, whose kernel reports peak memory.
     """
     parser = Parser("python -m benchmarks.fold", __doc__)
-    parser.add_argument("--batch", type=positive_int, default=8, help="images per call")
+    parser.add_argument("--batch", type=positive_int, help="images per call; 8 for the Perceiver")
+    parser.add_argument("--model", choices=models.MODELS, help="another model's resampler")
     parser.add_argument(
         "--pairs", type=positive_int, default=7, help="paired runs; the median is shown"
     )
@@ -224,11 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also torch.compile and, where installed, onnxruntime and OpenVINO",
     )
-    parser.add_argument("--measure-memory", choices=MODULES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    batch = options.batch
+    name = options.model
+    batch = options.batch or (models.MODELS[name].images if name else 8)
     if options.measure_memory:
-        print(own_peak_mib(options.measure_memory, batch))
+        print(own_peak_mib(options.measure_memory, batch, name))
         return 0
     require("triton")
     if not Path("/proc/self/clear_refs").exists():
@@ -237,6 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"torch {torch.__version__}, {threads} threads of {os.cpu_count()} on {platform.machine()}"
     )
+    if name:
+        console.print(model_table(name, batch, options.pairs))
+        console.print(memory_table(batch, name))
+        return 0
     console.print(
         "upstream: DeepSpeed-VisualChat's arithmetic, queries projected per image, attention maps "
         "through memory.\nfair: the same weights in visproj's plain module, SDPA, queries once."

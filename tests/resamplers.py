@@ -2,11 +2,12 @@
 
 import torch
 from helpers import randomise
-from published import MiniCPM, MiniCPM2, OwnAttention, QwenVL
 from torch import nn
 from transformers import AriaConfig, Kosmos2Config
 from transformers.models.aria.modeling_aria import AriaProjector
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
+
+from benchmarks.published import MiniCPM, MiniCPM2, OwnAttention, QwenVL
 
 PATCHES = {12: 3, 20: 5}
 

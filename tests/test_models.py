@@ -7,12 +7,12 @@ import peft
 import pytest
 import torch
 from helpers import rms_error
-from published import Holder, MiniCPM, QwenVL
 from resamplers import MAKERS, RESIZED, aria_config, calls, kosmos2_config, output, published, state
 from torch import nn
 from transformers import AriaForConditionalGeneration, Kosmos2ForConditionalGeneration
 
 import visproj
+from benchmarks.published import Holder, MiniCPM, QwenVL
 from visproj.errors import InputError
 from visproj.recognition import PROJECTORS
 

@@ -455,10 +455,16 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def info() -> None:
+def info(
+    models: Annotated[
+        bool, typer.Option("--models", help="Instead, the models that convert, and what they gain.")
+    ] = False,
+) -> None:
     """Print versions, devices and the backend of each, settings, and caches with their sizes."""
-    from visproj.info import describe
-
+    if models:
+        from visproj.supported import describe_models as describe
+    else:
+        from visproj.info import describe
     for line in describe():
         output.print(line)
 

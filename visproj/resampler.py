@@ -140,14 +140,7 @@ class Resampler(PositionedModule):
 
         ``positions`` are those of the ``L`` tokens, or of the ``B * L`` tokens of all images.
         """
-        batch, length, _ = features.shape
-        each = positions is not None and len(positions) != length
-        rows = features.reshape(1, batch * length, -1) if each else features
-        q, *given = self.project(rows, positions, self.query_count(length))
-        keys_values = [t.unflatten(1, (batch, length))[0] if each else t for t in given]
-        if latent := self.appended():
-            pairs = zip(keys_values, latent, strict=True)
-            keys_values = [torch.cat([t, u.expand(batch, *u.shape)], 1) for t, u in pairs]
+        q, *keys_values = self.with_latent(features, positions)
         attended = ops.cross_attention(q, *keys_values, **masks).flatten(-2)
         if not return_attention:
             return self.finish(attended), None
@@ -194,6 +187,18 @@ class Resampler(PositionedModule):
         ]
         maps = [maps[0] for _, maps in found if maps is not None]
         return torch.cat([out for out, _ in found]), maps if return_attention else None
+
+    def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What :meth:`project` gives for a batch, with keys and values :meth:`appended`."""
+        batch, length, _ = features.shape
+        each = positions is not None and len(positions) != length
+        rows = features.reshape(1, batch * length, -1) if each else features
+        q, *given = self.project(rows, positions, self.query_count(length))
+        keys_values = [t.unflatten(1, (batch, length))[0] if each else t for t in given]
+        if latent := self.appended():
+            pairs = zip(keys_values, latent, strict=True)
+            keys_values = [torch.cat([t, u.expand(batch, *u.shape)], 1) for t, u in pairs]
+        return q, *keys_values
 
     def packed_positions(self, grids: Sequence[Grid]) -> Tensor | None:
         """Positions of the keys of several images, ``[T, ...]``."""

@@ -86,11 +86,10 @@ def _build(file: TensorFile) -> FoldedProjector:
     kind = file.metadata.get("class", "")
     if kind not in _KINDS:
         raise InputError(f"its class is {kind!r}, not one of {', '.join(_KINDS)}")
-    wanted, empty = _KINDS[kind]
+    wanted, _ = _KINDS[kind]
     older = file.metadata["format"] == OLDER_FORMAT
     config = _config(file.metadata.get("config", ""), wanted, older=older)
-    with torch.device("meta"):
-        folded = empty(config)
+    folded = empty_folded(kind, config)
     tensors = {name: file.read(name) for name in sorted(file.keys)}
     if older and kind == "FoldedPerceiver":
         _move_value_shift(tensors, config["lang_dim"])
@@ -101,6 +100,12 @@ def _build(file: TensorFile) -> FoldedProjector:
     )
     folded.load_state_dict(tensors, assign=True)
     return folded
+
+
+def empty_folded(kind: str, config: dict[str, Any]) -> FoldedProjector:
+    """A folded projector of this class and configuration on the device meta, without numbers."""
+    with torch.device("meta"):
+        return _KINDS[kind][1](config)
 
 
 def _move_value_shift(tensors: dict[str, Tensor], width: int) -> None:

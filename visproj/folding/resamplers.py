@@ -20,6 +20,7 @@ from visproj.folding.key_values import (
     position_weight,
 )
 from visproj.folding.modules import FoldedProjector, own, weights_digest
+from visproj.fusion import Reads, is_plain
 from visproj.packing import Packed
 from visproj.positions import Grid, sincos_axis
 from visproj.resampler import Resampler
@@ -193,6 +194,25 @@ class FoldedKosmos2(FoldedResampler, Kosmos2Calls):
     def __init__(self, config: dict[str, Any], *args: Any, **tensors: Any) -> None:
         super().__init__(config, *args, **tensors)
         self.gives_attention = config["gives_attention"]
+
+    def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As :meth:`Resampler.with_latent`, written to where it stays instead of copied there."""
+        casts = torch.is_autocast_enabled(features.device.type)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.latent is None or casts or traced or not is_plain(self.kv, _PRODUCT):
+            return super().with_latent(features, positions)
+        linear: Any = self.kv.linear
+        length = features.shape[1]
+        rows = self.latent.flatten(1)  # [A, 2 D]
+        joint = features.new_empty(len(features), length + len(rows), rows.shape[1])
+        joint[:, length:] = rows
+        for image, out in zip(features, joint, strict=True):
+            torch.addmm(linear.bias, image, linear.weight.T, out=out[:length])
+        assert self.queries is not None
+        return self.queries, joint.unflatten(-1, (2, self.num_heads, -1))
+
+
+_PRODUCT: Reads = {"linear": nn.Linear}
 
 
 def folded_resampler(
