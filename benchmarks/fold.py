@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,6 +41,7 @@ from visproj.reference import projector_ref
 
 CLIP_L, LLAMA_7B, TOKENS = 1024, 4096, launches.TOKENS
 MODULES = ("upstream", "fair", "folded")
+PACKED_LENGTHS = (256, 576, 1024, 4096)
 console = Console(width=120)
 
 
@@ -205,6 +208,28 @@ def model_table(name: str, batch: int, pairs: int) -> Table:
     return table
 
 
+def packed_table(pairs: int) -> Table:
+    """Images of different sizes packed, against the same padded to the largest with a mask."""
+    table = Table(title=f"Images of {PACKED_LENGTHS} tokens in one batch, fp32")
+    for heading in ("module", "padded s", "packed s", "padded / packed"):
+        table.add_column(heading, justify="right")
+    torch.manual_seed(0)
+    perceiver = PerceiverProjector(CLIP_L, LLAMA_7B, has_cls=False)
+    images = [torch.randn(length, CLIP_L) for length in PACKED_LENGTHS]
+    grids = [(math.isqrt(length),) * 2 for length in PACKED_LENGTHS]
+    x = torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
+    padding = torch.arange(x.shape[1]) >= torch.tensor(PACKED_LENGTHS)[:, None]
+    for name, module in (("PerceiverProjector", perceiver), ("folded", fold(perceiver))):
+        runs: dict[str, measure.Call] = {
+            "padded": _caller(partial(module, key_padding_mask=padding), x),
+            "packed": _caller(partial(module, images, grid=grids)),
+        }
+        seconds = measure.paired_samples(runs, x.device, seconds=0, min_rounds=pairs)
+        medians = (f"{statistics.median(taken):.2f}" for taken in seconds.values())
+        table.add_row(name, *medians, ratio(seconds["padded"], seconds["packed"]))
+    return table
+
+
 def memory_table(batch: int, name: str | None = None) -> Table:
     """Peak memory above the weights."""
     table = Table(title=f"Peak memory above the weights, fp32, batch {batch}", title_justify="left")
@@ -263,6 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also torch.compile and, where installed, onnxruntime and OpenVINO",
     )
+    parser.add_argument(
+        "--packed", action="store_true", help="images of different sizes, packed against padded"
+    )
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     name = options.model
@@ -277,6 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"torch {torch.__version__}, {threads} threads of {os.cpu_count()} on {platform.machine()}"
     )
+    if options.packed:
+        console.print(packed_table(options.pairs))
+        return 0
     if name:
         console.print(model_table(name, batch, options.pairs))
         console.print(memory_table(batch, name))

@@ -72,7 +72,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "upstream": _infers(upstream, x),
         "fair": _infers(fair, x),
-        "folded": _infers(fold(projector, triton=True), x),
+        "folded": _infers(fold(projector, form="keys"), x),
         "unfolded": _infers(projector, x),
         "upstream, training": _trains(upstream, x),
         "fair, training": _trains(fair, x),

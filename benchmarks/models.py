@@ -104,7 +104,11 @@ def arguments(name: str, images: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def multiply_adds(module: nn.Module, call: tuple[Tensor, ...]) -> float:
     """Multiply-adds of one call, which is made: published modules read the sizes of images."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    # The counter's hooks need the graph of parameters that train.
+    with (
+        torch.enable_grad(),
+        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+    ):
         module(*call)
     return counter.get_total_flops() / 2
 

@@ -191,10 +191,12 @@ class Resampler(PositionedModule):
     def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         """What :meth:`project` gives for a batch, with keys and values :meth:`appended`."""
         batch, length, _ = features.shape
-        each = positions is not None and len(positions) != length
-        rows = features.reshape(1, batch * length, -1) if each else features
-        q, *given = self.project(rows, positions, self.query_count(length))
-        keys_values = [t.unflatten(1, (batch, length))[0] if each else t for t in given]
+        if positions is None or len(positions) == length:
+            q, *keys_values = self.project(features, positions, self.query_count(length))
+        else:
+            rows = features.reshape(1, batch * length, -1)
+            q, *given = self.project(rows, positions, self.query_count(length))
+            keys_values = [t.unflatten(1, (batch, length))[0] for t in given]
         if latent := self.appended():
             pairs = zip(keys_values, latent, strict=True)
             keys_values = [torch.cat([t, u.expand(batch, *u.shape)], 1) for t, u in pairs]

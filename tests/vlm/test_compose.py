@@ -10,6 +10,36 @@ from visproj.vlm.compose import IGNORE_INDEX
 IMAGE, WIDTH = 99, 3
 
 
+def test_images_of_different_lengths():
+    """A list gives what the same images give where each is padded away."""
+    ids = torch.tensor([[1, IMAGE, 2, IMAGE], [IMAGE, 3, 4, 5], [6, 7, 8, 9]])
+    embeds = torch.randn(3, 4, WIDTH)
+    images = [torch.randn(length, WIDTH, requires_grad=True) for length in (2, 5, 1)]
+    labels = torch.arange(12).view(3, 4)
+    found = insert_visual_tokens(embeds, ids, images, [2, 1, 0], IMAGE, labels=labels)
+    mask = torch.ones_like(ids)
+    wanted = by_hand(embeds, ids, images, None, mask, labels, 1, "right", 1)
+    for got, expected in zip(found, wanted, strict=False):
+        assert torch.equal(got, expected)
+    found.inputs_embeds.sum().backward()
+    assert all(torch.equal(image.grad, torch.ones_like(image)) for image in images)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "empty list"),
+        ([torch.ones(2, WIDTH), torch.ones(2)], r"visual_tokens\[1\] must be \[K, D\]"),
+        ([torch.ones(2, WIDTH), torch.ones(2, 5)], r"visual_tokens\[1\] are 5 wide"),
+        ([torch.ones(2, WIDTH)], "adds up to 2"),
+    ],
+)
+def test_bad_lists_of_images(images, message):
+    ids = torch.tensor([[1, IMAGE, IMAGE]])
+    with pytest.raises(InputError, match=message):
+        insert_visual_tokens(torch.ones(1, 3, WIDTH), ids, images, [2], IMAGE)
+
+
 def by_hand(embeds, ids, images, counts, mask, labels, multiple, side, value):
     """The same, one token at a time."""
     images = list(images)

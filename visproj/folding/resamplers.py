@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from visproj.calls import AriaCalls, Kosmos2Calls, MiniCPM2Calls, MiniCPMCalls
 from visproj.folding.key_values import (
-    AbsorbedQueries,
     Constants,
     KeyValues,
     choose_form,
@@ -52,6 +51,7 @@ class FoldedResampler(FoldedProjector, Resampler):
         self.has_cls = config["has_cls"]
         self.kv = kv
         self.tail = tail
+        self.absorbed = config["form"] == "absorbed"
         self.register_buffer("queries", queries)
         self.register_buffer("latent", latent)
         for name, table in tables.items():
@@ -60,16 +60,14 @@ class FoldedResampler(FoldedProjector, Resampler):
     @property
     def like(self) -> Tensor:
         """As :attr:`FoldedProjector.like`."""
-        if isinstance(self.kv, AbsorbedQueries):
-            return self.kv.score_weight
-        assert self.queries is not None
-        return self.queries
+        like: Any = self.kv.score_weight if self.absorbed else self.queries
+        return like
 
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Resampler.resample`."""
-        if not isinstance(self.kv, AbsorbedQueries):
+        if not self.absorbed:
             return super().resample(features, positions, return_attention, **masks)
         count = self.query_count(features.shape[1])
         attended, maps = self.kv(features, positions, count, **masks)
@@ -79,7 +77,7 @@ class FoldedResampler(FoldedProjector, Resampler):
         self, packed: Packed, return_attention: bool, positions: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """As :meth:`Resampler.resample_packed`."""
-        if not isinstance(self.kv, AbsorbedQueries):
+        if not self.absorbed:
             return super().resample_packed(packed, return_attention, positions)
         self.query_count(*packed.lengths)  # raises where images have different numbers
         return self.one_by_one(packed, return_attention, positions)
@@ -89,9 +87,9 @@ class FoldedResampler(FoldedProjector, Resampler):
     ) -> tuple[Tensor, ...]:
         """As :meth:`Resampler.project`: keys and values packed."""
         kv = self.kv(features, positions).unflatten(-1, (2, self.num_heads, -1))
-        assert self.queries is not None
-        wanted = self.queries if queries is None else self.queries[:queries]
-        return wanted.to(kv.dtype), kv
+        wanted: Any = self.queries
+        wanted = wanted if queries is None else wanted[:queries]
+        return wanted if wanted.dtype == kv.dtype else wanted.to(kv.dtype), kv
 
     def appended(self) -> tuple[Tensor, ...] | None:
         """As :meth:`Resampler.appended`."""

@@ -92,12 +92,21 @@ def scale_rows(
     ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold: it stays in fp32.
     """
     rstd = row_scale(x, factor, factor_bias, eps)
-    added = out.new_zeros(out.shape[-1]) if shift is None else shift
-    if table is not None:
-        missing = out.shape[-1] - table.shape[-1]
-        table = F.pad(table, (0, missing)) if missing else table
-        added = table if shift is None else table + shift
-    return _scale(out, rstd, added.to(out.dtype))
+    shift = out.new_zeros(out.shape[-1]) if shift is None else shift.to(out.dtype)
+    if table is None:
+        return _scale(out, rstd, shift)
+    columns = table.shape[-1]
+    if _is_traced():  # and cannot write to a part of a tensor
+        return _scale(out, rstd, F.pad(table, (0, out.shape[-1] - columns)).to(out.dtype) + shift)
+    first, rest = out.tensor_split([columns], -1)  # so that no table of the whole width is made
+    _scale(first, rstd, table.to(out.dtype) + shift[:columns])
+    if columns < out.shape[-1]:
+        _scale(rest, rstd, shift[columns:])
+    return out
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def row_scale(x: Tensor, factor: Tensor, factor_bias: Tensor, eps: float) -> Tensor:
@@ -107,8 +116,7 @@ def row_scale(x: Tensor, factor: Tensor, factor_bias: Tensor, eps: float) -> Ten
 
 def _scale(out: Tensor, rstd: Tensor, added: Tensor) -> Tensor:
     """``rstd out + added`` in place, in the dtype of ``rstd``."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if out.dtype == rstd.dtype or out.device.type != "cpu" or traced or not out.numel():
+    if out.dtype == rstd.dtype or out.device.type != "cpu" or _is_traced() or not out.numel():
         return torch.addcmul(added, out, rstd, out=out)
     # A CPU's addcmul copies what it widens: some rows of each image at a time stay in the cache.
     length = out.shape[-2]

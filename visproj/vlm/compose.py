@@ -34,7 +34,7 @@ class VisualSequence(NamedTuple):
 def insert_visual_tokens(
     text_embeds: Tensor,
     input_ids: Tensor,
-    visual_tokens: Tensor,
+    visual_tokens: Tensor | Sequence[Tensor],
     images_per_sample: Sequence[int] | Tensor,
     image_token_id: int,
     *,
@@ -55,8 +55,8 @@ def insert_visual_tokens(
         text_embeds: ``[B, T, D]`` embeddings of ``input_ids``; what stands at placeholders is
             ignored.
         input_ids: ``[B, T]``, integer.
-        visual_tokens: ``[N, K, D]``, ``K`` tokens for each of the ``N`` images, cast to the dtype
-            of ``text_embeds``.
+        visual_tokens: ``[N, K, D]``, ``K`` tokens for each of the ``N`` images, or a list of
+            ``[K_i, D]``; cast to the dtype of ``text_embeds``.
         images_per_sample: ``B`` counts that add up to ``N``; 0 for a sample without images.
         image_token_id: The id that marks a placeholder in ``input_ids``.
         attention_mask: ``[B, T]``, 0 or False at padding and positive elsewhere; all ones when
@@ -81,6 +81,7 @@ def insert_visual_tokens(
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``concat``, which drops samples
     without images and gives a sample's images to its placeholders in reverse order.
     """
+    visual_tokens, counts = _rows(visual_tokens)
     _check(text_embeds, input_ids, visual_tokens, attention_mask, labels)
     _check_padding(pad_to_multiple_of, padding_side)
     if attention_mask is None:
@@ -89,10 +90,12 @@ def insert_visual_tokens(
     kept = _without_padding(attention_mask != 0)
     padding_side = padding_side or _shown_side(kept)
     placeholder = (input_ids == image_token_id) & kept
-    _check_counts(placeholder.sum(1), images_per_sample, visual_tokens.shape[0])
+    _check_counts(placeholder.sum(1), images_per_sample, len(counts))
 
-    per_image = visual_tokens.shape[1]
-    slots = torch.where(placeholder, per_image, 1) * kept
+    device = input_ids.device
+    per_image = torch.tensor(counts, dtype=torch.int64, device=device)  # [N]
+    slots = kept.to(torch.int64)
+    slots[placeholder] = per_image
     lengths = slots.sum(1)
     longest = int(lengths.max()) if lengths.numel() else 0
     if pad_to_multiple_of:
@@ -104,8 +107,13 @@ def insert_visual_tokens(
     text_row, text_column = (kept & ~placeholder).nonzero(as_tuple=True)
     text_at = (text_row, start[text_row, text_column])
     image_row, image_column = placeholder.nonzero(as_tuple=True)
-    within = torch.arange(per_image, device=input_ids.device)
-    visual_at = (image_row[:, None], start[image_row, image_column][:, None] + within)  # [N, K]
+    # The i-th visual token of all goes as far behind its image's start as the image goes on.
+    ahead = start[image_row, image_column] - (per_image.cumsum(0) - per_image)
+    total = len(visual_tokens)
+    image_row, ahead = (
+        t.repeat_interleave(per_image, output_size=total) for t in (image_row, ahead)
+    )
+    visual_at = (image_row, ahead + torch.arange(total, device=device))
 
     shape = (input_ids.shape[0], longest)
     embeds = text_embeds.new_zeros(*shape, text_embeds.shape[-1])
@@ -120,6 +128,31 @@ def insert_visual_tokens(
         labels[text_at] = text_labels
     position_ids = ((mask != 0).cumsum(1) - 1).clamp(min=0)
     return VisualSequence(embeds, mask, labels, position_ids)
+
+
+def _rows(visual_tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The visual tokens of all images ``[sum K, D]``, and how many each has."""
+    if isinstance(visual_tokens, Tensor):
+        if visual_tokens.ndim != 3:
+            raise InputError(
+                "visual_tokens must have 3 dimensions or be a list of [K, D], got shape "
+                f"{list(visual_tokens.shape)}"
+            )
+        images, each, _ = visual_tokens.shape
+        return visual_tokens.flatten(0, 1), [each] * images
+    tokens = list(visual_tokens)
+    for index, image in enumerate(tokens):
+        if not isinstance(image, Tensor) or image.ndim != 2:
+            got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise InputError(f"visual_tokens[{index}] must be [K, D], got {got}")
+        if image.shape[1] != tokens[0].shape[1]:
+            raise InputError(
+                f"visual_tokens[{index}] are {image.shape[1]} wide, visual_tokens[0] "
+                f"{tokens[0].shape[1]}"
+            )
+    if not tokens:
+        raise InputError("visual_tokens is an empty list: without images pass [0, K, D]")
+    return torch.cat(tokens), [len(image) for image in tokens]
 
 
 def _without_padding(attended: Tensor) -> Tensor:
@@ -173,16 +206,16 @@ def _check(
     for name, embeds in (("text_embeds", text_embeds), ("visual_tokens", visual_tokens)):
         if not embeds.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {embeds.dtype}")
-        if embeds.ndim != 3:
-            raise InputError(f"{name} must have 3 dimensions, got shape {list(embeds.shape)}")
+    if text_embeds.ndim != 3:
+        raise InputError(f"text_embeds must have 3 dimensions, got shape {list(text_embeds.shape)}")
     if text_embeds.shape[:2] != input_ids.shape:
         raise InputError(
             f"text_embeds must be [B, T, D] with [B, T] = {list(input_ids.shape)}, "
             f"got {list(text_embeds.shape)}"
         )
-    if visual_tokens.shape[2] != text_embeds.shape[2]:
+    if visual_tokens.shape[1] != text_embeds.shape[2]:
         raise InputError(
-            f"visual_tokens are {visual_tokens.shape[2]} wide, text_embeds {text_embeds.shape[2]}"
+            f"visual_tokens are {visual_tokens.shape[1]} wide, text_embeds {text_embeds.shape[2]}"
         )
     for name, extra in (("attention_mask", attention_mask), ("labels", labels)):
         if extra is not None and extra.shape != input_ids.shape:

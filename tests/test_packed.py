@@ -1,0 +1,254 @@
+"""Images of different sizes in one batch, as a list or packed, against one call per image."""
+
+import peft
+import pytest
+import torch
+from helpers import make, randomise
+from resamplers import PATCHES
+from torch import nn
+
+from visproj import fold, use_backend
+from visproj.errors import InputError
+from visproj.ops import packed_cross_attention
+from visproj.projectors.aria import AriaProjector
+from visproj.projectors.kosmos2 import Kosmos2Projection
+from visproj.projectors.resamplers import MiniCPM2Resampler, MiniCPMResampler, QwenVLResampler
+
+GRIDS = [(3, 4), (5, 4), (1, 12), (4, 4)]
+SMALL = {"query_grid": (3, 3), "num_heads": 4}
+MAKERS = {
+    "perceiver": lambda: make("perceiver", **SMALL),
+    "perceiver without cls": lambda: make("perceiver", has_cls=False, **SMALL),
+    "qwen-vl": lambda: QwenVLResampler(32, 64, **SMALL),
+    "minicpm-v-2.0": lambda: MiniCPM2Resampler(32, 64, **SMALL),
+    "minicpm-v-2.6": lambda: MiniCPMResampler(32, 64, num_queries=5, num_heads=4, max_size=(4, 9)),
+    "aria": lambda: AriaProjector(
+        32, 40, patch_to_query_dict=dict.fromkeys(PATCHES, 3) | {16: 3}, num_heads=4
+    ),
+    "kosmos-2": lambda: Kosmos2Projection(32, 64, num_queries=5, num_heads=4),
+}
+NAMES = tuple(MAKERS)
+FORMS = (None, "keys", "absorbed")
+
+
+def resampler(name, form=None):
+    module = randomise(MAKERS[name]()).double().eval()
+    return module if form is None else fold(module, form=form)
+
+
+def images_of(module, grids=GRIDS):
+    torch.manual_seed(2)
+    extra = int(module.has_cls)
+    return [torch.randn(h * w + extra, 32, dtype=torch.float64) for h, w in grids]
+
+
+def packed(images):
+    lengths = torch.tensor([0, *(len(image) for image in images)])
+    return torch.cat(images), lengths.cumsum(0).to(torch.int32)
+
+
+def positioned(module, grids=GRIDS):
+    return {"grid": grids} if module.positioned else {}
+
+
+def separately(module, images, grids=GRIDS, **options):
+    found = []
+    for image, grid in zip(images, grids, strict=True):
+        at = {"grid": grid} if module.positioned else {}
+        found.append(module(image[None], **at, **options))
+    return found
+
+
+def features(found):
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_list_is_each_image_by_itself(name, form):
+    module = resampler(name, form)
+    images = images_of(module)
+    wanted = torch.cat([features(out) for out in separately(module, images)])
+    bound = 1e-12 * wanted.abs().max()
+    got = features(module(images, **positioned(module)))
+    assert (got - wanted).abs().max() <= bound
+    rows, starts = packed(images)
+    got = features(module(rows, cu_seqlens=starts, **positioned(module)))
+    assert (got - wanted).abs().max() <= bound
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_maps(name, form):
+    module = resampler(name, form)
+    images = images_of(module)
+    _, maps = module(images, return_attention=True, **positioned(module))
+    wanted = separately(module, images, return_attention=True)
+    assert len(maps) == len(images)
+    for got, (_, expected) in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(got, expected[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
+    module = resampler(name)
+    images = [image.requires_grad_() for image in images_of(module)]
+    parameters = [*module.parameters()]
+    parameters = [p for p in parameters if p.requires_grad]
+
+    def gradients(outs):
+        loss = torch.cat([features(out) for out in outs]).square().sum()
+        return torch.autograd.grad(loss, [*images, *parameters])
+
+    got = gradients([module(images, **positioned(module))])
+    wanted = gradients(separately(module, images))
+    largest = max(grad.abs().max() for grad in wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).abs().max() <= 1e-12 * largest
+
+
+@pytest.mark.parametrize("name", ["perceiver", "minicpm-v-2.6", "aria"])
+def test_attention_that_is_called_whole(name):
+    module = resampler(name)
+    target = "multihead_attn" if name == "aria" else "attn"
+    config = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+    peft.get_peft_model(nn.ModuleDict({"resampler": module}), config)
+    module.double()
+    images = images_of(module)
+    got = module(images, **positioned(module))
+    wanted = torch.cat(separately(module, images))
+    assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["perceiver", "minicpm-v-2.6", "kosmos-2"])
+@torch.no_grad()
+def test_kernels(name, form):
+    """Interpreted; fp32 against fp64, by the roundings of a few chained products."""
+    module = resampler(name, form)
+    images = images_of(module)
+    wanted = features(module(images, **positioned(module)))
+    module.float()
+    with use_backend("triton"):
+        got = features(module([image.float() for image in images], **positioned(module)))
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_compiled(form):
+    module = resampler("minicpm-v-2.6", form)
+    images = images_of(module)
+    wanted = module(images, grid=GRIDS)
+    got = torch.compile(module, fullgraph=True, backend="aot_eager")(images, grid=GRIDS)
+    # Sines of the rows beyond the stored table are traced as PyTorch's, in fp32.
+    assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_sizes_are_not_read_while_compiling(form):
+    """One graph for all grids; off the table the result is NaN, not another image's positions."""
+    module = resampler("minicpm-v-2.6", form)
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for sizes in ([[3, 4], [2, 3]], [[4, 3], [1, 9]]):
+        got = compiled(x, torch.tensor(sizes))
+        wanted = module(x, torch.tensor(sizes))
+        assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    grown = torch.tensor([[1, 12], [3, 4]])
+    got, wanted = compiled(x, grown), module(x, grown)
+    assert got[0].isnan().all()
+    assert (got[1] - wanted[1]).abs().max() <= 1e-12 * wanted.abs().max()
+    assert wanted.isfinite().all()
+
+
+BAD = [
+    ({"grid": [(3, 4)] * 3}, "there are 4 images, but 3 grids"),
+    ({"grid": [(3, 4), (5, 4), (1, 12), (4, 5)]}, "image 3: grid 4x5 has 20 cells"),
+    ({}, "image 0: 12 visual tokens .* form no square"),
+    ({"grid": GRIDS, "attn_mask": torch.zeros(5, 12)}, "take no masks"),
+    ({"grid": GRIDS, "key_padding_mask": torch.zeros(4, 12).bool()}, "take no masks"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_grids(options, message):
+    module = resampler("perceiver without cls")
+    with pytest.raises(InputError, match=message):
+        module(images_of(module), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, at: (x, at.long()), TypeError, "cu_seqlens must be int32"),
+        (lambda x, at: (x, at + 1), InputError, "must rise from 0 to the 60 rows"),
+        (lambda x, at: (x[:-1], at), InputError, "must rise from 0 to the 59 rows"),
+        (lambda x, at: (x, at.flip(0)), InputError, "must rise from 0"),
+        (lambda x, at: (x, at[[0, 2, 1, 3, 4]]), InputError, "must rise from 0"),
+        (lambda x, at: (x, at[[0, 1, 1, 3, 4]]), InputError, "image 1: 0 visual tokens"),
+        (lambda x, at: (x, at[None]), InputError, r"cu_seqlens must be \[B \+ 1\]"),
+        (lambda x, at: (x[None], at), InputError, r"features must be \[T, C\]"),
+        (lambda x, at: (x[:, :5], at), InputError, r"must be \[\.\.\., tokens, 32\]"),
+        (lambda x, at: (x, at[:1]), InputError, "must rise from 0 to the 60 rows"),
+        (lambda x, at: (x, [0, 60]), TypeError, "cu_seqlens"),
+    ],
+)
+def test_bad_cu_seqlens(change, error, message):
+    module = resampler("perceiver without cls")
+    rows, starts = change(*packed(images_of(module)))
+    with pytest.raises(error, match=message):
+        module(rows, cu_seqlens=starts, grid=GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no images"),
+        ([torch.randn(12, 32), torch.randn(12, 32).double()], "image 1 is torch.float64"),
+        ([torch.randn(1, 12, 32)], r"image 0 must be \[L, 32\]"),
+    ],
+)
+def test_bad_lists(images, message):
+    with pytest.raises(InputError, match=message):
+        resampler("kosmos-2").float()(images)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (torch.tensor([[3, 4]]), InputError, "there are 2 images, but 1 sizes"),
+        (torch.tensor([[3, 4], [3, 5]]), InputError, "image 1 cannot have a 3x5 grid"),
+        (torch.tensor([[3, 4], [0, 5]]), InputError, "image 1 cannot have a 0x5 grid"),
+        (torch.tensor([3, 4]), InputError, r"sizes must be \[B, 2\]"),
+        (torch.tensor([[3, 4], [3.5, 2]]), TypeError, "whole numbers"),
+    ],
+)
+def test_bad_sizes(sizes, error, message):
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    for form in FORMS:
+        with torch.no_grad(), pytest.raises(error, match=message):
+            resampler("minicpm-v-2.6", form)(x, sizes)
+
+
+@pytest.mark.parametrize("times", [[[0, 1, 2]], [[0], []], [[0]]])
+def test_bad_times(times):
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    with pytest.raises(InputError, match="frames for 2 images"):
+        resampler("minicpm-v-2.6")(x, torch.tensor([[3, 4], [3, 4]]), times)
+
+
+def test_images_with_other_numbers_of_queries():
+    module = AriaProjector(32, 40, patch_to_query_dict={12: 3, 20: 5}, num_heads=4).double()
+    with pytest.raises(InputError, match=r"images of \[12, 20\] tokens have \[3, 5\] queries"):
+        module([torch.randn(12, 32).double(), torch.randn(20, 32).double()])
+
+
+def test_lengths_that_do_not_cut():
+    q, k = torch.randn(3, 2, 8), torch.randn(10, 2, 8)
+    for lengths in ([], [4, 5], [4, 6, 0]):
+        with pytest.raises(InputError, match="do not cut 10 keys"):
+            packed_cross_attention(q, k, k, lengths)
