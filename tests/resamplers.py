@@ -24,6 +24,7 @@ def aria_config():
             "patch_size": 3,
         },
         text_config={
+            "model_type": "aria_text",
             "hidden_size": 40,
             "intermediate_size": 16,
             "num_hidden_layers": 1,
@@ -63,6 +64,17 @@ def kosmos2_config(implementation="sdpa"):
     return config
 
 
+def kosmos2_projection(implementation):
+    projection = Kosmos2ImageToTextProjection(kosmos2_config(implementation))
+    not_causal(projection)
+    return projection
+
+
+def not_causal(projection):
+    """What transformers before 5 forgets to say."""
+    projection.x_attn.is_causal = False
+
+
 MAKERS = {
     "qwen-vl": QwenVL,
     "qwen-vl, widths agree": lambda: QwenVL(32, 32),
@@ -73,8 +85,8 @@ MAKERS = {
     "minicpm-v-2.6, widths agree": lambda: MiniCPM(32, 32),
     "minicpm-v-4.5": lambda: MiniCPM(temporal=50),
     "aria": lambda: AriaProjector(aria_config()),
-    "kosmos-2": lambda: Kosmos2ImageToTextProjection(kosmos2_config()),
-    "kosmos-2, eager": lambda: Kosmos2ImageToTextProjection(kosmos2_config("eager")),
+    "kosmos-2": lambda: kosmos2_projection("sdpa"),
+    "kosmos-2, eager": lambda: kosmos2_projection("eager"),
 }
 # Their tables are resized in fp32, before or after a product: 1e-6 instead of 1e-12.
 RESIZED = ("qwen-vl", "qwen-vl, widths agree", "minicpm-v-1.0")

@@ -205,6 +205,13 @@ def test_info(run, folder, tmp_path):
     assert list(folder.iterdir()) == []
 
 
+def test_info_of_models(run):
+    status, stdout, stderr = run("info", "--models")
+    assert (status, stderr) == (0, "")
+    (line,) = (line for line in stdout.splitlines() if line.startswith("MiniCPM-V-2.6 "))
+    assert line.split() == ["MiniCPM-V-2.6", "33.47", "6.60", "5.07", "absorbed"]
+
+
 def test_info_with_a_broken_package(run, tmp_path):
     for name in ("torch", "transformers"):
         package = tmp_path / "broken" / name

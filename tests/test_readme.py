@@ -17,7 +17,9 @@ from vlm.tiny import (
 )
 
 import visproj
+from benchmarks.published import Holder, MiniCPM
 from visproj import PerceiverProjector, PretrainedProjector
+from visproj.supported import MODELS, describe_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +65,25 @@ def conversion_done(names):
     assert Path("projector.safetensors").stat().st_size > 0
 
 
+def models(monkeypatch):
+    model = Holder(MiniCPM(vis_dim=24, dim=32, max_size=(32, 32)).eval())
+    return {
+        "visproj": visproj,
+        "model": model,
+        "features": torch.randn(2, 20, 24),
+        "tgt_sizes": torch.tensor([[4, 5], [2, 3]], dtype=torch.int32),
+        "first": torch.randn(32 * 32, 24),
+        "second": torch.randn(24 * 18, 24),
+        "rows": torch.randn(32 * 32 + 24 * 18, 24),
+        "starts": torch.tensor([0, 1024, 1456], dtype=torch.int32),
+    }
+
+
+def models_done(names):
+    assert names["visual"].shape == (2, 5, 32)
+    assert visproj.revert(names["model"]) == ["resampler"]
+
+
 def folding(monkeypatch):
     if not torch.cuda.is_available():  # there is no CUDA graph to record
         monkeypatch.setattr(visproj, "graphed", lambda folded, features: folded)
@@ -106,6 +127,7 @@ def trained_done(names):
 EXAMPLES = {
     "sequence = insert_visual_tokens(": (projector, projector_done),
     "visproj.convert(model)": (conversion, conversion_done),
+    "keep=True)  # for inference": (models, models_done),
     "folded.is_stale(projector)": (folding, folding_done),
     "encoder = QwenVisionTransformer.from_pretrained(": (qwen_encoder, qwen_encoder_done),
     "model.generate([photograph]": (trained, trained_done),
@@ -128,6 +150,15 @@ def test_example(line, monkeypatch, tmp_path):
 
 def test_every_example_is_run():
     assert [block for block in blocks() if sum(line in block for line in EXAMPLES) != 1] == []
+
+
+def test_the_models_that_convert_are_counted():
+    """The table is what `visproj info --models` prints."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split() for line in list(describe_models())[1:]]
+    assert len(rows) == len(MODELS)
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in readme
 
 
 def test_every_command_is_run_or_listed():

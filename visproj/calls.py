@@ -34,8 +34,8 @@ class MiniCPMCalls(Resampler):
         Args:
             x: ``[B, L, C]``, each image padded to ``L`` tokens.
             tgt_sizes: ``[B, 2]``, rows and columns of each image, a tensor or not. A tensor on a
-                GPU is read once; while ``torch.compile`` traces, it is not read, and a grid that
-                is larger than the position table gives NaN.
+                GPU is read once; while ``torch.compile`` traces or a CUDA graph is recorded it is
+                not read, and a grid that is larger than the position table gives NaN.
             temporal_ids: Images that are frames of one clip share their queries: for each clip the
                 time of each frame, ``-1`` for none. One clip per group, in the order of ``x``.
             **options: Those of :meth:`Resampler.forward`; without ``tgt_sizes`` that is called.
@@ -60,7 +60,7 @@ class MiniCPMCalls(Resampler):
                 f"is the only option; got {[*options]}"
             )
         self.check(x, None)
-        if torch.compiler.is_compiling() and isinstance(tgt_sizes, Tensor) and not temporal_ids:
+        if isinstance(tgt_sizes, Tensor) and _is_recorded(tgt_sizes) and not temporal_ids:
             return self._unread(x, tgt_sizes, maps)
         grids = read_grids(tgt_sizes, x.shape[0], x.shape[1])
         clips = self._clips(temporal_ids, len(grids))
@@ -121,6 +121,12 @@ class MiniCPMCalls(Resampler):
     def temporal_positions(self, times: Sequence[int]) -> Tensor:
         """What a frame adds to its keys' positions, one row per time; zeros for ``-1``."""
         raise NotImplementedError
+
+
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor cannot be read, since only what is done with it counts."""
+    recording = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return recording or torch.compiler.is_compiling()
 
 
 class MiniCPM2Calls(Resampler):

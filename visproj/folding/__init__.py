@@ -3,7 +3,8 @@
 A LayerNorm after a Linear only rescales each row (:mod:`visproj.folding.algebra`). So the
 Perceiver's ``kv_proj``, ``ln_kv`` and its key and value projections become one product of width
 ``2 D`` with the features themselves, and the queries a constant; ``out_proj``, the LayerNorm after
-it and the last Linear become one product as well. Weights are combined once, in fp64.
+it and the last Linear become one product as well. Weights are combined once, in fp64. Where the
+queries are few they go through the key weights as well (:mod:`visproj.folding.key_values`).
 """
 
 from typing import Any
@@ -43,14 +44,18 @@ def fold(projector: nn.Module, **options: Any) -> FoldedProjector:
 
     Args:
         projector: A :class:`visproj.LinearProjector`, :class:`visproj.ViTProjector`,
-            :class:`visproj.PerceiverProjector` or anything else with a ``fold`` method of its own.
+            :class:`visproj.PerceiverProjector`, what :func:`visproj.convert` made of another
+            model's resampler, or anything else with a ``fold`` method of its own.
         **options: ``dtype`` of the folded weights, the projector's own by default; they are
             combined in fp64. ``triton``: whether to fold a Linear and its LayerNorm, which is
             faster on the Triton kernels and slower in PyTorch; by default it follows what runs on
             the projector's device. Either form runs on both: set it to fold on one machine for
-            another. A Perceiver has one form. ``grid``, of a Perceiver: the grid of
-            the features that it will see most, for which positions are kept ready; its query grid
-            by default. Other grids stay possible.
+            another. A resampler is the same for both. ``form``, of a resampler: ``"keys"``, one
+            product for keys and values, or ``"absorbed"``, where queries go through the key weights
+            first; by default the one of fewer multiply-adds, and ``"keys"`` where scores would be
+            wider than keys. ``grid``, of a resampler with positions: the grid of the features that
+            it will see most, for which positions are kept ready; its query grid by default. Other
+            grids stay possible.
 
     Raises:
         TypeError: If ``projector`` cannot be folded, or does not take an option.

@@ -195,7 +195,8 @@ class FoldedKosmos2(FoldedResampler, Kosmos2Calls):
 
     def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         """As :meth:`Resampler.with_latent`, written to where it stays instead of copied there."""
-        casts = torch.is_autocast_enabled(features.device.type)
+        kind = features.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.latent is None or casts or traced or not is_plain(self.kv, _PRODUCT):
             return super().with_latent(features, positions)

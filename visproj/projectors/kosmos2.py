@@ -65,8 +65,11 @@ class Kosmos2Projection(Kosmos2Calls):
     @property
     def gives_attention(self) -> bool:  # type: ignore[override]
         """As :attr:`Kosmos2Calls.gives_attention`: what the model is configured for by now."""
+        return self._implementation() == "eager"
+
+    def _implementation(self) -> str | None:
         config = getattr(self.x_attn, "config", None)
-        return getattr(config, "_attn_implementation", None) == "eager"
+        return getattr(config, "_attn_implementation", None)
 
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
@@ -115,10 +118,13 @@ class Kosmos2Projection(Kosmos2Calls):
     def _heads(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.unflatten(-1, (self.num_heads, -1)) for t in tokens)
 
-    def _whole(self) -> bool:
-        """Whether calling ``x_attn`` does more than its projections and a softmax."""
-        active = self.x_attn.training and self.x_attn.dropout
-        return bool(active) or why_touched(self.x_attn) is not None
+    def _whole(self) -> str | None:
+        """Why calling ``x_attn`` does more than its projections and a softmax, or ``None``."""
+        if self.x_attn.training and self.x_attn.dropout:
+            return "its dropout is active: call eval() before folding"
+        # Before transformers 5 it did not say so, and was taken for causal but in its eager form.
+        causal = getattr(self.x_attn, "is_causal", self._implementation() not in (None, "eager"))
+        return "its attention is causal" if causal else why_touched(self.x_attn)
 
     def _refuse_masks(self, masks: dict[str, Any]) -> None:
         if any(mask is not None for mask in masks.values()):
@@ -137,8 +143,7 @@ class Kosmos2Projection(Kosmos2Calls):
         check_foldable(self, FoldedKosmos2, _READS)
         attn: Any = self.x_attn
         dense: Any = self.dense
-        if self._whole():
-            reason = why_touched(attn) or "its dropout is active: call eval() before folding"
+        if reason := self._whole():
             raise InputError(f"cannot fold x_attn of Kosmos2Projection: {reason}")
         dtype = self.latent_query.dtype if dtype is None else dtype
         sides = [_in_double(linear) for linear in (attn.k_proj, attn.v_proj)]

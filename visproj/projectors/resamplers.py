@@ -107,7 +107,7 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
 
     ``y = LN_kv(x W_kvᵀ)``; queries ``LN_q(query)``, keys ``y + pos[:h, :w]``, values ``y``;
     multi-head attention; ``LN_post(O W_oᵀ + b_o) P``. The sine-cosine table ``pos`` is cut, never
-    resized, and computed for a grid that is larger. State-dict keys: ``query [Q, D]``,
+    resized, and grows when a grid is larger. State-dict keys: ``query [Q, D]``,
     ``proj [D, D]``, ``kv_proj.weight [D, C]`` (none where ``C`` is ``D``), ``attn.*``, ``ln_q.*``,
     ``ln_kv.*``, ``ln_post.*``; ``pos_embed [h, w, D]`` is a buffer that is not saved.
 
@@ -153,7 +153,11 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
         """As :meth:`Resampler.positions`: a cut of the table, or more than it holds."""
         table = self.pos_embed
         if grid[0] > table.shape[0] or grid[1] > table.shape[1]:
-            table = _cells(self.embed_dim, grid)
+            sides = max(grid[0], table.shape[0]), max(grid[1], table.shape[1])
+            with torch.inference_mode(False):  # it may be kept, and saved for a backward later
+                table = _cells(self.embed_dim, sides).to(table)
+            if not torch.compiler.is_compiling():
+                self.pos_embed = table
         return table[: grid[0], : grid[1]].flatten(0, 1).to(self.query)
 
     def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
