@@ -89,7 +89,7 @@ def count(model: Supported) -> Counted:
         resampler = model.build()
         tokens = math.prod(model.grid) + model.has_cls
         x = torch.empty(1, tokens, resampler.vis_dim)
-    folded = empty_folded(model.folded, _config(resampler, model))
+    folded = empty_folded(model.folded, empty_config(model))
     return Counted(_multiply_adds(resampler, x), _multiply_adds(folded, x), folded.config["form"])
 
 
@@ -99,10 +99,11 @@ def _multiply_adds(module: nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _config(resampler: Any, model: Supported) -> dict[str, Any]:
-    """The configuration that :func:`visproj.fold` would write."""
+def empty_config(model: Supported) -> dict[str, Any]:
+    """The configuration that :func:`visproj.fold` would write, scales aside."""
+    with torch.device("meta"):
+        resampler = model.build()
     heads, queries = resampler.num_heads, math.prod(resampler.query_grid)
-    perceiver = isinstance(resampler, (PerceiverProjector, QwenVLResampler))
     aria, kosmos2 = (isinstance(resampler, kind) for kind in (AriaProjector, Kosmos2Projection))
     width = resampler.vis_dim if aria else resampler.latent_query.shape[1] if kosmos2 else 0
     width = width or resampler.embed_dim
@@ -115,7 +116,7 @@ def _config(resampler: Any, model: Supported) -> dict[str, Any]:
         "query_grid": list(resampler.query_grid),
         "has_cls": resampler.has_cls,
         "form": choose_form(None, length=length, **sizes),
-        "floor": 0.0 if perceiver else None,
+        "floor": None if aria or kosmos2 else 0.0,
         "eps": 1e-5 if aria else None,
         "grid": list(model.grid),
         "table": list(model.grid),
