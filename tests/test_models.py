@@ -6,7 +6,7 @@ import io
 import peft
 import pytest
 import torch
-from helpers import rms_error
+from helpers import features, rms_error
 from resamplers import (
     MAKERS,
     RESIZED,
@@ -20,6 +20,7 @@ from resamplers import (
 )
 from torch import nn
 from transformers import AriaForConditionalGeneration, Kosmos2ForConditionalGeneration
+from upstream import KINDS, UpstreamModel
 
 import visproj
 from benchmarks.published import Holder, MiniCPM, QwenVL
@@ -167,6 +168,25 @@ def test_what_is_ours_already_is_folded():
     visproj.convert(projector, fold=True, keep=True)
     assert visproj.revert(projector) == ["resampler"]
     assert projector.resampler is ours
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keep", [False, True])
+@torch.no_grad()
+def test_projectors_of_visualchat_fold_in_place(kind, keep):
+    model, x = UpstreamModel(kind), features(2, 17)
+    model.eval()
+    wanted, before = model(x), state(model)
+    assert visproj.convert(model, fold=True, keep=keep) == ["projection"]
+    close(model(x), wanted, kind)
+    if keep:
+        assert list(model.state_dict()) == list(before)
+        assert visproj.revert(model) == ["projection"]
+        assert torch.equal(model(x), wanted)
+    else:
+        assert model.projection.state_dict()
+        with pytest.raises(InputError, match="projection was folded"):
+            model.state_dict()
 
 
 def test_keep_follows_casts_and_moves():
