@@ -24,6 +24,8 @@ def older_state(folded):
     state = folded.state_dict()
     if isinstance(folded, FoldedPerceiver):
         shift = state.pop("kv.shift")[folded.config["lang_dim"] :]
+        rows, columns = state.pop("rows"), state.pop("columns")
+        state["position_table"] = (rows[:, None] + columns).flatten(0, 1)
         for name in ("position_table", "kv_table"):
             state[name] = torch.cat([state[name], shift.expand_as(state[name])], 1)
     return state
@@ -32,7 +34,7 @@ def older_state(folded):
 def older_config(folded):
     config = dict(folded.config)
     if isinstance(folded, FoldedPerceiver):
-        del config["form"], config["eps"]
+        del config["form"], config["eps"], config["separable"]
         config["out_eps"] = None if config["out_floor"] is None else 1e-12
     return config
 
@@ -48,8 +50,11 @@ def test_the_older_format_is_read(tmp_path, kind, triton):
     }
     save_file(older_state(folded), tmp_path / "old.safetensors", metadata)
     loaded = load_folded(tmp_path / "old.safetensors")
-    assert loaded.config == folded.config
+    newer = {"separable": False} if isinstance(folded, FoldedPerceiver) else {}
+    assert loaded.config == folded.config | newer
     width = 16 if kind == "attention pool" else 32
     x = features(2, 16 if kind == "attention pool" else 17, width=width)
-    # How a product is summed up depends on where in memory its operands begin.
-    torch.testing.assert_close(loaded(x), folded(x), rtol=1e-13, atol=1e-13)
+    # How a product is summed up depends on where in memory its operands begin; a whole table is
+    # resized in fp32, or its rows and columns.
+    bound = 1e-5 if newer else 1e-13
+    torch.testing.assert_close(loaded(x), folded(x), rtol=bound, atol=bound)

@@ -5,11 +5,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import features, make
 
+from visproj import fold
 from visproj.positions import (
     PositionCache,
+    by_cell,
     check_grid,
     grid_of,
+    position_axes,
     resize_position_table,
     sincos_position_table,
 )
@@ -189,3 +193,29 @@ class TestCache:
             self.table = mode.from_tensor(self.table)
             self.resize()
         assert self.cache._entries == {}
+
+
+def test_axes_of_a_table():
+    table = sincos_position_table(16, (3, 5))
+    rows, columns = position_axes(table, (3, 5))
+    assert torch.equal(by_cell(rows, columns).flatten(0, 1), table)
+    table[7, 3] += 1
+    assert position_axes(table, (3, 5)) is None
+
+
+@pytest.mark.parametrize("separable", [True, False])
+@torch.no_grad()
+def test_folded_tables(separable):
+    """A loaded table that is not one vector per row beside one per column keeps its full form."""
+    projector = make("perceiver", query_grid=(3, 3), num_heads=4, has_cls=False)
+    if not separable:
+        projector.pos_embed[4, 3] += 1
+    folded = fold(projector)
+    assert folded.config["separable"] == separable
+    assert hasattr(folded, "rows") == separable
+    for grid in ((3, 3), (4, 6), (1, 2)):
+        x = features(2, grid[0] * grid[1])
+        wanted = projector(x, grid=grid)
+        # Tables are resized in fp32, before a product or after it.
+        bound = 1e-12 if grid == (3, 3) else 1e-6
+        assert (folded(x, grid=grid) - wanted).abs().max() <= bound * wanted.abs().max()

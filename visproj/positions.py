@@ -112,6 +112,29 @@ def sincos_axis(dim: int, positions: Sequence[int] | range) -> Tensor:
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], 1))
 
 
+def position_axes(table: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
+    """What a position table is made of, one vector per row beside one per column of its grid.
+
+    Args:
+        table: ``[rows * columns, D]``.
+        grid: Its rows and columns.
+
+    Returns:
+        ``[rows, D / 2]``, the second half of the cells' columns, and ``[columns, D / 2]``, the
+        first; ``None`` if a cell holds anything else.
+    """
+    half = table.shape[-1] // 2
+    cells = table.unflatten(0, grid)
+    rows, columns = cells[:, 0, half:], cells[0, :, :half]
+    return (rows, columns) if torch.equal(by_cell(rows, columns), cells) else None
+
+
+def by_cell(rows: Tensor, columns: Tensor) -> Tensor:
+    """``[h, D / 2]`` and ``[w, D / 2]`` as one table ``[h, w, D]``, columns first."""
+    sides = (len(rows), len(columns), -1)
+    return torch.cat([columns.expand(sides), rows[:, None].expand(sides)], -1)
+
+
 def check_grid(grid: Grid) -> Grid:
     """Return ``grid`` as two positive ints or raise ``ValueError`` naming what was got."""
     try:
@@ -162,7 +185,7 @@ class PositionCache:
     _CAPACITY = 16
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Grid, Grid], tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self._entries: dict[tuple[int, Grid, Grid], tuple[Tensor, tuple[int, int], Tensor]] = {}
 
     def clear(self) -> None:
         """Forget every resized table."""
@@ -172,7 +195,7 @@ class PositionCache:
         """Same as :func:`resize_position_table`, remembered where that is safe."""
         if source == target or not _cacheable(table):
             return resize_position_table(table, source, target)
-        key, state = (source, target), (table._version, table.data_ptr())
+        key, state = (id(table), source, target), (table._version, table.data_ptr())
         entry = self._entries.get(key)
         if entry is not None and entry[0] is table and entry[1] == state:
             return entry[2]

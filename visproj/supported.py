@@ -120,6 +120,7 @@ def empty_config(model: Supported) -> dict[str, Any]:
         "eps": 1e-5 if aria else None,
         "grid": list(model.grid),
         "table": list(model.grid),
+        "separable": True,
         "out_floor": None if type(resampler) is QwenVLResampler else 0.0,
     }
     if aria:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ _WIDTHS = {"vis_dim", "lang_dim", "digest"}
 _LINEAR = {*_WIDTHS, "eps", "floor"}
 _RESAMPLER = {*_WIDTHS, "num_heads", "query_grid", "has_cls", "form", "floor", "eps"}
 _GRID = {*_RESAMPLER, "grid", "out_floor"}
+_RESIZED = {*_GRID, "separable"}
 
 
 def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> FoldedProjector:
@@ -126,7 +128,7 @@ def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"its configuration is not valid JSON ({error})") from error
     if older and isinstance(config, dict) and "form" in wanted and "out_eps" in config:
-        config = {"form": "keys", "eps": None, **config}
+        config = {"form": "keys", "eps": None, "separable": False, **config}
         del config["out_eps"]
     if not isinstance(config, dict) or config.keys() != wanted:
         names = sorted(config) if isinstance(config, dict) else type(config).__name__
@@ -166,6 +168,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "out_floor": _is_small_or_none,
     "form": lambda value: value in FORMS,
     "has_cls": lambda value: isinstance(value, bool),
+    "separable": lambda value: isinstance(value, bool),
     "gives_attention": lambda value: isinstance(value, bool),
     "query_counts": _are_pairs,
     "digest": lambda value: isinstance(value, str),
@@ -234,9 +237,9 @@ def _empty_resampler(
     kind: type[FoldedResampler],
     config: dict[str, Any],
     tail: nn.Module,
+    shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     *,
     latent: bool = False,
-    **shapes: tuple[int, int],
 ) -> FoldedResampler:
     """``shapes`` are those of the tables of positions."""
     heads, queries = config["num_heads"], math.prod(config["query_grid"])
@@ -267,27 +270,21 @@ def _empty_tail(config: dict[str, Any]) -> nn.Module:
 def _empty_perceiver(
     config: dict[str, Any], kind: type[FoldedResampler] = FoldedPerceiver
 ) -> FoldedResampler:
-    width = _positions_width(config)
-    return _empty_resampler(
-        kind,
-        config,
-        _empty_tail(config),
-        position_table=(math.prod(config["query_grid"]), width),
-        kv_table=(math.prod(config["grid"]), width),
-    )
+    width, grid = _positions_width(config), config["query_grid"]
+    tables = {"kv_table": (math.prod(config["grid"]), width)}
+    if config["separable"]:
+        tables |= {"rows": (grid[0], width), "columns": (grid[1], width)}
+    else:
+        tables["position_table"] = (math.prod(grid), width)
+    return _empty_resampler(kind, config, _empty_tail(config), tables)
 
 
 def _empty_minicpm(config: dict[str, Any], kind: type[FoldedResampler]) -> FoldedResampler:
     width = _positions_width(config)
     rows, columns = config["table"]
-    return _empty_resampler(
-        kind,
-        config,
-        _empty_tail(config),
-        position_weight=(width, config["lang_dim"]),
-        rows=(rows, width),
-        columns=(columns, width),
-    )
+    tables = {"position_weight": (width, config["lang_dim"])}
+    tables |= {"rows": (rows, width), "columns": (columns, width)}
+    return _empty_resampler(kind, config, _empty_tail(config), tables)
 
 
 def _empty_aria(config: dict[str, Any]) -> FoldedResampler:
@@ -314,8 +311,8 @@ def _norm(width: int, eps: float) -> nn.LayerNorm:
 _KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any]], FoldedProjector]]] = {
     "FoldedLinear": (_LINEAR, _empty_linear),
     "FoldedViT": (_LINEAR | {"vision"}, _empty_vit),
-    "FoldedPerceiver": (_GRID, _empty_perceiver),
-    "FoldedMiniCPM2Resized": (_GRID, partial(_empty_perceiver, kind=FoldedMiniCPM2Resized)),
+    "FoldedPerceiver": (_RESIZED, _empty_perceiver),
+    "FoldedMiniCPM2Resized": (_RESIZED, partial(_empty_perceiver, kind=FoldedMiniCPM2Resized)),
     "FoldedMiniCPM2": (_GRID | {"table"}, partial(_empty_minicpm, kind=FoldedMiniCPM2)),
     "FoldedMiniCPM": (_GRID | {"table"}, partial(_empty_minicpm, kind=FoldedMiniCPM)),
     "FoldedAria": (_RESAMPLER | {"hidden", "out_dim", "query_counts", "out_floor"}, _empty_aria),

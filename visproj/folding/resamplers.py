@@ -110,18 +110,27 @@ class FoldedPerceiver(FoldedResampler):
 
     The constants of ``K`` that add the same number to every score of a query are gone; those of
     ``V`` stay, so a query whose keys are all masked still gets zero attention. On another grid than
-    the one folded for, positions are resized after their projection instead of before: the same but
-    for the rounding of an fp32 resize.
+    the one folded for, positions are resized after their projection instead of before, and rows and
+    columns one by one where the table is made of them: the same but for the rounding of an fp32
+    resize.
     """
 
     position_table: Tensor
+    rows: Tensor
+    columns: Tensor
     kv_table: Tensor
 
     def positions(self, grid: Grid) -> Tensor:
         """As :meth:`Resampler.positions`."""
         if list(grid) == self.config["grid"]:
             return self.kv_table
-        return self._positions.resize(self.position_table, self.query_grid, grid)
+        if not self.config["separable"]:
+            return self._positions.resize(self.position_table, self.query_grid, grid)
+        rows, columns = (
+            self._positions.resize(axis, (len(axis), 1), (size, 1))
+            for axis, size in zip((self.rows, self.columns), grid, strict=True)
+        )
+        return (rows[:, None] + columns).flatten(0, 1)
 
 
 class FoldedMiniCPM2Resized(FoldedPerceiver, MiniCPM2Calls):

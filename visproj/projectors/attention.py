@@ -20,7 +20,13 @@ from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler, folded_
 from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
 from visproj.ops.cross_attention import cast_mask, check_masks
 from visproj.packing import Packed
-from visproj.positions import Grid, check_grid, resize_position_table, sincos_position_table
+from visproj.positions import (
+    Grid,
+    check_grid,
+    position_axes,
+    resize_position_table,
+    sincos_position_table,
+)
 from visproj.resampler import Resampler
 
 _ATTENTION: Reads = {"attn": nn.MultiheadAttention}
@@ -269,12 +275,15 @@ class AttentionResampler(MultiheadResampler):
     def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
         """What the folded form keeps of its keys' positions, ``weight`` applied."""
         resized = resize_position_table(self.pos_embed, self.query_grid, grid)
-        named = {"position_table": self.pos_embed, "kv_table": resized}
-        return {name: table.double() @ weight.T for name, table in named.items()}
+        ready = {"kv_table": resized.double() @ weight.T}
+        axes = position_axes(self.pos_embed, self.query_grid)
+        if axes is None:
+            return {**ready, "position_table": self.pos_embed.double() @ weight.T}
+        return {**ready, **projected_axes(weight, *axes)}
 
     def _described(self) -> dict[str, Any]:
         """What else the configuration of a fold says."""
-        return {}
+        return {"separable": position_axes(self.pos_embed, self.query_grid) is not None}
 
     def _reads(self) -> Reads:
         """The children after the attention that a fold reads."""
@@ -283,6 +292,15 @@ class AttentionResampler(MultiheadResampler):
     def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
         """What a fold puts after the attention, and how its configuration describes it."""
         return copied_linear(self.attn.out_proj, dtype), {"out_floor": None}
+
+
+def projected_axes(weight: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Rows' and columns' share of projected positions, whose columns come first."""
+    half = columns.shape[-1]
+    return {
+        "rows": F.linear(rows.to(weight), weight[:, half:]),
+        "columns": F.linear(columns.to(weight), weight[:, :half]),
+    }
 
 
 def call_attention(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visproj.calls import MiniCPM2Calls, MiniCPMCalls
@@ -21,8 +20,13 @@ from visproj.folding.resamplers import (
     FoldedResampler,
 )
 from visproj.fusion import Reads, is_plain, linear_norm_linear
-from visproj.positions import Grid, sincos_axis
-from visproj.projectors.attention import OUTPUT, AttentionResampler, init_linear
+from visproj.positions import Grid, by_cell, position_axes, sincos_axis
+from visproj.projectors.attention import (
+    OUTPUT,
+    AttentionResampler,
+    init_linear,
+    projected_axes,
+)
 
 _TAIL: Reads = {**OUTPUT, "ln_post": nn.LayerNorm}
 _FORESEEN = (70, 70)  # rows and columns of positions that a fold keeps ready
@@ -183,14 +187,14 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
         return {"table": list(self.pos_embed.shape[:2])}
 
     def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        half = self.embed_dim // 2
-        rows, columns = self.pos_embed[:, 0, half:], self.pos_embed[0, :, :half]
-        if not torch.equal(_by_cell(rows, columns), self.pos_embed):
+        high, wide, _ = self.pos_embed.shape
+        axes = position_axes(self.pos_embed.flatten(0, 1), (high, wide))
+        if axes is None:
             raise InputError(
                 "cannot fold pos_embed of MiniCPMResampler: it is not one vector per row beside "
                 "one per column"
             )
-        return _axes(weight, rows, columns)
+        return {"position_weight": weight, **projected_axes(weight, *axes)}
 
 
 class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
@@ -236,33 +240,16 @@ class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
         return _cells(self.embed_dim, grid).flatten(0, 1).to(self.query)
 
     def _described(self) -> dict[str, Any]:
-        return {"table": list(_FORESEEN)} if self.adaptive else {}
+        return {"table": list(_FORESEEN)} if self.adaptive else super()._described()
 
     def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
         if not self.adaptive:
             return super()._tables(weight, grid)
         half = self.embed_dim // 2
         rows, columns = (sincos_axis(half, range(size)) for size in _FORESEEN)
-        return _axes(weight, rows, columns)
+        return {"position_weight": weight, **projected_axes(weight, rows, columns)}
 
 
 def _cells(width: int, grid: Grid) -> Tensor:
     """The sine-cosine table ``[h, w, D]`` of a grid, columns first, rounded as MiniCPM-V's."""
-    return _by_cell(*(sincos_axis(width // 2, range(size)) for size in grid))
-
-
-def _by_cell(rows: Tensor, columns: Tensor) -> Tensor:
-    """``[h, D / 2]`` and ``[w, D / 2]`` as one table ``[h, w, D]``, columns first."""
-    return torch.cat(
-        [columns.expand(len(rows), -1, -1), rows[:, None].expand(-1, len(columns), -1)], -1
-    )
-
-
-def _axes(weight: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Projected rows and columns, and the weight for those that are not foreseen."""
-    half = columns.shape[-1]
-    return {
-        "position_weight": weight,
-        "rows": F.linear(rows.to(weight), weight[:, half:]),
-        "columns": F.linear(columns.to(weight), weight[:, :half]),
-    }
+    return by_cell(*(sincos_axis(width // 2, range(size)) for size in grid))
