@@ -203,11 +203,13 @@ class FoldedKosmos2(FoldedResampler, Kosmos2Calls):
         self.gives_attention = config["gives_attention"]
 
     def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.with_latent`, written to where it stays instead of copied there."""
-        kind = features.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        """As :meth:`Resampler.with_latent`; on a CPU written to where it stays, without a copy.
+
+        On a GPU one product for all images takes less time than one per image.
+        """
+        on_cpu = features.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.latent is None or casts or traced or not is_plain(self.kv, _PRODUCT):
+        if self.latent is None or not on_cpu or traced or not is_plain(self.kv, _PRODUCT):
             return super().with_latent(features, positions)
         linear: Any = self.kv.linear
         length = features.shape[1]
