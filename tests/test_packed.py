@@ -251,6 +251,61 @@ def test_bad_sizes(sizes, error, message):
             resampler("minicpm-v-2.6", form)(x, sizes)
 
 
+def masks_of(module, queries, kind):
+    closed = torch.rand(queries, 16) < 0.4
+    closed[1] = True  # a query without keys
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, 9:] = True
+    additive = torch.randn(2 * module.num_heads, queries, 16, dtype=torch.float64)
+    additive = additive.masked_fill(closed, float("-inf"))
+    return {
+        "padding": {"key_padding_mask": padding},
+        "no keys": {"key_padding_mask": padding.logical_not().logical_or(padding)},
+        "bool": {"attn_mask": closed, "key_padding_mask": padding},
+        "additive": {"attn_mask": additive, "key_padding_mask": padding},
+    }[kind]
+
+
+# Aria's own mask is one of padding, Kosmos-2 takes none.
+MASKED = [
+    *((name, kind) for name in NAMES[:-1] for kind in ("padding", "no keys")),
+    *((name, kind) for name in NAMES[:-2] for kind in ("bool", "additive")),
+]
+
+
+@pytest.mark.parametrize("form", ["keys", "absorbed"])
+@pytest.mark.parametrize(("name", "kind"), MASKED)
+@torch.no_grad()
+def test_masks(name, kind, form):
+    """Folded as unfolded: a query whose keys are all masked attends to nothing, never NaN."""
+    module = resampler(name)
+    folded = fold(module, form=form)
+    x = torch.randn(2, 16 + module.has_cls, 32, dtype=torch.float64)
+    queries = module(x).shape[1]
+    masks = masks_of(module, queries, kind)
+    if name == "aria":
+        masks = {"attn_mask": masks["key_padding_mask"]}
+    wanted, maps = module(x, return_attention=True, **masks)
+    assert wanted.isfinite().all()
+    got, found = folded(x, return_attention=True, **masks)
+    resized = name in ("perceiver", "perceiver without cls", "qwen-vl")
+    bound = 1e-6 if resized else 1e-12  # of a table, in fp32
+    assert (got - wanted).abs().max() <= bound * wanted.abs().max()
+    torch.testing.assert_close(found, maps, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_no_images(name, form):
+    module = resampler(name, form)
+    x = torch.randn(0, 16 + module.has_cls, 32, dtype=torch.float64)
+    one = features(module(torch.randn(1, *x.shape[1:], dtype=torch.float64)))
+    assert features(module(x)).shape == (0, *one.shape[1:])
+    if name == "minicpm-v-2.6":
+        assert module(x, torch.zeros(0, 2, dtype=torch.int32)).shape == (0, *one.shape[1:])
+
+
 @pytest.mark.parametrize("times", [[[0, 1, 2]], [[0], []], [[0]]])
 def test_bad_times(times):
     x = torch.randn(2, 12, 32, dtype=torch.float64)

@@ -64,6 +64,7 @@ class MiniCPMCalls(Resampler):
             return self._unread(x, tgt_sizes, maps)
         grids = read_grids(tgt_sizes, x.shape[0], x.shape[1])
         clips = self._clips(temporal_ids, len(grids))
+        grids = grids or [(1, x.shape[1])]  # of no image
         uniform = len(set(grids)) == 1 and math.prod(grids[0]) == x.shape[1]
         if uniform and clips is None:
             out, found = self.resample(
