@@ -134,6 +134,20 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "d64x32/8w1s p32x64/8w1s",
     ),
 }
+# Of packed keys, where those of a batch would spill.
+_HALF |= {
+    "packed_cross_attention_fwd": (
+        "p128x64/8w2s p64x32/4w2s",
+        *_HALF["cross_attention_fwd"][1:],
+    ),
+    "packed_cross_attention_fwd_wide": (
+        *_HALF["cross_attention_fwd_wide"][:3],
+        "d128x64/8w1s p64x32/8w2s",
+        _HALF["cross_attention_fwd_wide"][4],
+    ),
+}
+for _name in ("bwd_dkv", "bwd_dq", "bwd_dkv_wide", "bwd_dq_wide"):
+    _HALF[f"packed_cross_attention_{_name}"] = _HALF[f"cross_attention_{_name}"]
 KERNELS = tuple(_HALF)
 
 # fp32, without and with tf32: one configuration for every architecture, or one for each column.
@@ -147,6 +161,11 @@ _SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
         "cross_attention_bwd_dkv_wide": "p16x32/8w1s",
         "cross_attention_bwd_dkv_masked_wide": ("p16x16/16w1s", *("p16x16/8w1s",) * 4),
         "cross_attention_bwd_dq_masked_wide": (*("p16x16/8w1s",) * 4, "p16x32/8w1s"),
+        "packed_cross_attention": "p32x32/8w1s",
+        "packed_cross_attention_wide": "p16x16/8w1s",
+        "packed_cross_attention_bwd_dq": "p32x16/8w1s",
+        "packed_cross_attention_bwd_dq_wide": (*("p16x16/8w1s",) * 4, "p16x16/4w1s"),
+        "packed_cross_attention_bwd_dkv_wide": "p16x32/8w1s",
     },
     "tf32": {
         "linear": (*("p64x64x32/4w2s",) * 3, "p64x32x32/4w2s", "p64x64x32/4w2s"),
@@ -158,6 +177,11 @@ _SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
         ),
         "cross_attention_bwd_dq": "p16x16/4w1s",
         "cross_attention_wide": "p16x16/8w1s",
+        "packed_cross_attention": "p32x32/8w1s",
+        "packed_cross_attention_wide": "p16x16/8w1s",
+        "packed_cross_attention_fwd_wide": "p16x32/8w1s",
+        "packed_cross_attention_bwd_dkv": (*("p32x32/8w1s",) * 4, "p16x32/8w1s"),
+        "packed_cross_attention_bwd_dq": "p16x16/4w1s",
     },
 }
 _COLUMN = {80: 0, 86: 1, 89: 1, 90: 2, 100: 3, 120: 4}

@@ -101,12 +101,29 @@ def power(x, MASKED: tl.constexpr):
     return tl.math.exp2(x)
 
 
+@triton.jit
+def probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
+    """Probabilities from scores and the forward's statistics, shaped to broadcast."""
+    if MASKED:
+        return tl.math.exp2((scores - lse) * LOG2E - log_sum)
+    else:
+        return tl.math.exp2(scores - lse)
+
+
+@triton.jit
+def packed_keys(cu_seqlens_ptr, image):
+    """The first row of an image among packed keys, and how many keys it has."""
+    start = tl.load(cu_seqlens_ptr + image)
+    return start.to(tl.int64), tl.load(cu_seqlens_ptr + image + 1) - start
+
+
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_fwd_kernel(
     q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
     k_ptr,  # [batch, keys, heads, width]
     v_ptr,  # [batch, keys, heads, width]
     mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
+    cu_seqlens_ptr,  # [batch + 1] where keys of all images are [1, all keys, heads, width], or None
     out_ptr,  # [batch, queries, heads, width]
     lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
     log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
@@ -144,6 +161,10 @@ def _cross_attention_fwd_kernel(
     q_ptr += image * stride_q_batch + head * stride_q_head
     k_ptr += image * stride_k_batch + head * stride_k_head
     v_ptr += image * stride_v_batch + head * stride_v_head
+    if cu_seqlens_ptr is not None:
+        start, keys = packed_keys(cu_seqlens_ptr, image)
+        k_ptr += start * stride_k_row
+        v_ptr += start * stride_v_row
     q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)
     k_tiles = describe_head(k_ptr, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
     v_tiles = describe_head(v_ptr, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
@@ -197,7 +218,13 @@ def _cross_attention_fwd_kernel(
 
 
 def cross_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, statistics: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output, and what the backward needs to know of each softmax.
 
@@ -207,6 +234,8 @@ def cross_attention_fwd(
         v: ``[B, L, H, d]``.
         mask: Additive, ``[B or 1, H or 1, Q or 1, padded L]`` with a contiguous last dimension,
             padded by -inf to a multiple of 128, which every tile of keys divides.
+        cu_seqlens: int32 ``[B + 1]``, where the keys of each image begin and the last end: ``k``
+            and ``v`` are then ``[1, all keys, H, d]``, ``q`` is shared and there is no mask.
         statistics: Whether the second result is wanted.
 
     Returns:
@@ -218,20 +247,26 @@ def cross_attention_fwd(
     q, k, v = unit_columns(q, k, v)
     precision = dot_precision(q.dtype)
     plan = recall(
-        key_of("cross_attention_fwd", (q, k, v, mask), statistics, precision),
-        lambda: _plan(q, k, v, mask, statistics, precision),
+        key_of("cross_attention_fwd", (q, k, v, mask, cu_seqlens), statistics, precision),
+        lambda: _plan(q, k, v, mask, cu_seqlens, statistics, precision),
     )
-    return plan(q, k, v, mask, statistics)
+    return plan(q, k, v, mask, cu_seqlens, statistics)
 
 
 _Result = tuple[Tensor, Tensor | None]
 
 
 def _start(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool
+    launch: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    statistics: bool,
 ) -> _Result:
     """Allocate and launch."""
-    batch, (queries, heads, width) = k.shape[0], q.shape[-3:]
+    batch, (queries, heads, width) = images_of(k, cu_seqlens), q.shape[-3:]
     out = q.new_empty(batch, queries, heads, width)
     stats = lse = log_sum = None
     if statistics:
@@ -244,6 +279,7 @@ def _start(
         k_ptr=k,
         v_ptr=v,
         mask_ptr=mask,
+        cu_seqlens_ptr=cu_seqlens,
         out_ptr=out,
         lse_ptr=lse,
         log_sum_ptr=log_sum,
@@ -251,7 +287,14 @@ def _start(
     return out, stats
 
 
-def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool) -> _Result:
+def images_of(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many images the keys are of."""
+    return k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def _in_pytorch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: None, statistics: bool
+) -> _Result:
     """SDPA; with statistics, which only FlashAttention returns, without a mask."""
     q, k, v = (t.transpose(-3, -2).expand(len(k), -1, -1, -1) for t in (q, k, v))
     if statistics:
@@ -277,11 +320,19 @@ def _library_has(q: Tensor, mask: Tensor | None, statistics: bool) -> bool:
 
 
 def _plan(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool, precision: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    statistics: bool,
+    precision: str,
 ) -> tuple[Callable[..., _Result], bool]:
     """Choose a configuration or PyTorch's way; returns whether that is settled as well."""
     queries, heads, width = q.shape[-3:]
-    batch, keys = k.shape[:2]
+    packed = cu_seqlens is not None
+    batch = images_of(k, cu_seqlens)
+    keys = triton.cdiv(k.shape[0] * k.shape[1], batch)  # of an image, packed ones in the mean
 
     def plan(config: Config) -> Launch:
         block_q, block_l = config.blocks
@@ -290,33 +341,41 @@ def _plan(
             batch * heads * triton.cdiv(queries, block_q),
             config,
             q.device,
-            **shared_arguments(q, k, v, mask, config, precision),
-            TAIL=mask is None and keys % block_l != 0,
+            **shared_arguments(q, k, v, mask, config, precision, packed=packed),
+            TAIL=packed or (mask is None and keys % block_l != 0),
         )
 
     def way(choice: Config | Library) -> Callable[..., _Result]:
         return _in_pytorch if isinstance(choice, Library) else partial(_start, plan(choice))
 
     def prepare(choice: Config | Library) -> Callable[[], object]:
-        return partial(way(choice), q, k, v, mask, statistics)
+        return partial(way(choice), q, k, v, mask, cu_seqlens, statistics)
 
     def tiles(config: Config) -> Tiles:
         block_q, block_l = config.blocks
         work = block_q * block_l * triton.cdiv(keys, block_l)
         return Tiles([work] * plan(config).programs)
 
-    row = table_row("cross_attention_fwd", q, mask)
+    row = table_row("cross_attention_fwd", q, mask, packed)
     choices: tuple[Any, ...] = configs.candidates(row, (q, k, v), precision)
-    if _library_has(q, mask, statistics):
+    if not packed and _library_has(q, mask, statistics):
         choices = *choices, LIBRARY
     keys_class = triton.next_power_of_2(keys)
     key = batch * queries, keys_class, heads, width, mask is not None, statistics, precision
-    choice, settled = choose("cross_attention_fwd", key, choices, prepare, q, tiles)
+    name = "packed_cross_attention_fwd" if packed else "cross_attention_fwd"
+    choice, settled = choose(name, key, choices, prepare, q, tiles)
     return way(choice), settled
 
 
 def shared_arguments(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Config, precision: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    config: Config,
+    precision: str,
+    *,
+    packed: bool,
 ) -> dict[str, Any]:
     """Return the arguments beside tensors that forward and backward have in common."""
     _, keys, heads, width = k.shape
@@ -332,10 +391,10 @@ def shared_arguments(
         "stride_q_batch": 0 if q.ndim == 3 else q.stride(0),
         "stride_q_row": q.stride(-3),
         "stride_q_head": q.stride(-2),
-        "stride_k_batch": k.stride(0),
+        "stride_k_batch": 0 if packed else k.stride(0),
         "stride_k_row": k.stride(1),
         "stride_k_head": k.stride(2),
-        "stride_v_batch": v.stride(0),
+        "stride_v_batch": 0 if packed else v.stride(0),
         "stride_v_row": v.stride(1),
         "stride_v_head": v.stride(2),
         "stride_mask_batch": stride_mask_batch,
@@ -349,10 +408,10 @@ def shared_arguments(
     }
 
 
-def table_row(kernel: str, q: Tensor, mask: Tensor | None) -> str:
-    """Return the name of the configurations for this head width, with or without a mask."""
+def table_row(kernel: str, q: Tensor, mask: Tensor | None, packed: bool) -> str:
+    """Return the name of the configurations for this head width, with a mask, or packed keys."""
     wide = "_wide" if q.shape[-1] > 128 else ""
-    return kernel + ("" if mask is None else "_masked") + wide
+    return ("packed_" if packed else "") + kernel + ("" if mask is None else "_masked") + wide
 
 
 def padded_width(width: int) -> int:
@@ -381,6 +440,19 @@ def example_operands(s: Sizes, masked: bool) -> tuple[Tensor, Tensor, Tensor, Te
     return q, k, v, s.tensor(s.images, 1, s.queries, padded) if masked else None
 
 
+def example_packed(s: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return shared queries, packed keys and values, and where each image begins."""
+    q = s.tensor(s.queries, s.heads, s.width)
+    k, v = s.tensor(1, s.images * s.length, 2, s.heads, s.width).unbind(2)
+    starts = torch.arange(s.images + 1, dtype=torch.int32, device=q.device) * s.length
+    return q, k, v, starts
+
+
+def _packed_example(s: Sizes, statistics: bool) -> object:
+    q, k, v, starts = example_packed(s)
+    return cross_attention_fwd(q, k, v, None, starts, statistics=statistics)
+
+
 def _example(s: Sizes, masked: bool, statistics: bool) -> object:
     return cross_attention_fwd(*example_operands(s, masked), statistics=statistics)
 
@@ -397,6 +469,18 @@ register(
             descriptors=3,
         )
         for name, masked in MASKED.items()
+    }
+    | {
+        "packed_cross_attention_fwd": Example(
+            partial(_packed_example, statistics=True),
+            table="packed_cross_attention_fwd",
+            tile="ql",
+            products=("qld", "qdl"),
+            descriptors=3,
+        ),
+        "packed_cross_attention_fwd_alone": Example(
+            partial(_packed_example, statistics=False), compiled=False
+        ),
     }
     | {
         f"cross_attention_fwd{name}_alone": Example(

@@ -323,4 +323,4 @@ def test_lengths_that_do_not_cut():
     q, k = torch.randn(3, 2, 8), torch.randn(10, 2, 8)
     for lengths in ([], [4, 5], [4, 6, 0]):
         with pytest.raises(InputError, match="do not cut 10 keys"):
-            packed_cross_attention(q, k, k, lengths)
+            packed_cross_attention(q, k, k, lengths=lengths)

@@ -165,11 +165,11 @@ class Resampler(PositionedModule):
                 for t, u in zip(keys_values, latent, strict=True)
             ]
             lengths = [length + len(latent[0]) for length in lengths]
-        keys, values = keys_values if len(keys_values) == 2 else keys_values[0].unbind(1)
-        attended = ops.packed_cross_attention(q, keys, values, lengths)
+        attended = ops.packed_cross_attention(q, *keys_values, lengths=lengths)
         out = self.finish(attended.flatten(-2))
         if not return_attention:
             return out, None
+        keys = keys_values[0] if len(keys_values) == 2 else keys_values[0][:, 0]
         return out, [ops.cross_attention_maps(q, image[None])[0] for image in keys.split(lengths)]
 
     def one_by_one(

@@ -39,10 +39,10 @@ def random(*shape):
     return torch.randn(*shape, device=DEVICE).bfloat16()
 
 
-def far_apart(x, dimension):
-    """The values of ``x`` with the entries along one dimension ``ROW`` elements apart."""
+def far_apart(x, dimension, apart=ROW):
+    """The values of ``x`` with the entries along one dimension ``apart`` elements apart."""
     strides = list(x.stride())
-    strides[dimension] = ROW
+    strides[dimension] = apart
     elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
     storage = torch.empty(2 * elements, dtype=torch.int8, device=DEVICE).view(torch.bfloat16)
     return storage.as_strided(x.shape, strides).copy_(x)
@@ -117,10 +117,30 @@ def attention_gradients(dimension):
     return torch.stack([dq, dk, dv]), torch.stack(wanted)
 
 
+def packed_attention():
+    """Three images of three keys, each row of theirs far from the next: the last beyond 2**31."""
+    apart = ROW // 4 + 8
+    q, k, v = (
+        random(*shape).double().requires_grad_() for shape in ((3, 3, 16), *[(9, 3, 16)] * 2)
+    )
+    images = [t.unflatten(0, (3, 3)) for t in (k, v)]
+    wanted, dout = attention_oracle(q.expand(3, -1, -1, -1), *images), random(3, 3, 3, 16)
+    gradients = torch.autograd.grad(wanted, (k, v), dout.double())
+    starts = torch.tensor([0, 3, 6, 9], dtype=torch.int32, device=DEVICE)
+    tensors = [t.detach().bfloat16() for t in (q, k, v)]
+    tensors[1:] = [far_apart(t[None], 1, apart) for t in tensors[1:]]
+    out, statistics = cross_attention_fwd(*tensors, None, starts, statistics=True)
+    dk, dv = (far_apart(torch.empty_like(dout).view(1, 9, 3, 16), 1, apart) for _ in range(2))
+    cross_attention_bwd(dout, *tensors, None, out, statistics, dk, dv, starts, 3)
+    got = torch.cat([out.view(9, 3, 16), dk[0], dv[0]])
+    return got, torch.cat([wanted.detach().reshape(9, 3, 16), *gradients])
+
+
 CASES = {
     **{f"linear {d}": lambda d=d: linear(d) for d in (0, 1, "weight")},
     "linear table": linear_table,
     "weight gradient": weight_gradient,
+    "packed attention": packed_attention,
     **{f"attention {t} {d}": lambda t=t, d=d: attention(t, d) for t in "qkv" for d in (0, 1, 2)},
     **{f"attention mask {d}": lambda d=d: attention_mask(d) for d in (0, 1, 2)},
     **{f"attention gradients {d}": lambda d=d: attention_gradients(d) for d in (0, 1, 2)},

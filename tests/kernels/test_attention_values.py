@@ -223,7 +223,7 @@ def test_nothing_is_saved_without_grad(tiles, device):
     ],
 )
 def test_split_of_the_batch(batch, tiles, processors, parts, time):
-    from visproj.kernels.cross_attention_backward import split_of_the_batch
+    from visproj.kernels.cross_attention_queries import split_of_the_batch
 
     found = split_of_the_batch(batch, tiles, processors)
     assert found == parts
@@ -232,7 +232,7 @@ def test_split_of_the_batch(batch, tiles, processors, parts, time):
 
 @pytest.mark.parametrize("batch", range(1, 40))
 def test_no_part_of_the_batch_is_empty(batch):
-    from visproj.kernels.cross_attention_backward import split_of_the_batch
+    from visproj.kernels.cross_attention_queries import split_of_the_batch
 
     for tiles in (1, 3, 64, 131):
         parts = split_of_the_batch(batch, tiles, 132)

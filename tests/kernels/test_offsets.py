@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).with_name("offsets.py")
 CASES = [
     *(f"linear {d}" for d in (0, 1, "weight", "table")),
     "weight gradient",
+    "packed attention",
     *(f"attention {t} {d}" for t in ("q", "k", "v", "mask", "gradients") for d in (0, 1, 2)),
 ]
 

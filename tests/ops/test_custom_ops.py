@@ -9,9 +9,15 @@ from helpers import rms_error
 from visproj import ops, use_backend
 
 # The package's attributes of these names are the public functions.
-linear_layer_norm, linear_norm_linear, attention, folded_linear = (
+linear_layer_norm, linear_norm_linear, attention, packed_attention, folded_linear = (
     importlib.import_module(f"visproj.ops.{name}")
-    for name in ("linear_layer_norm", "linear_norm_linear", "cross_attention", "folded_linear")
+    for name in (
+        "linear_layer_norm",
+        "linear_norm_linear",
+        "cross_attention",
+        "packed_cross_attention",
+        "folded_linear",
+    )
 )
 
 B, L, C, D, N = 2, 5, 8, 12, 16
@@ -50,7 +56,18 @@ def attention_inputs(form, **options):
     return [q, random(B, L, H, W, **options), random(B, L, H, W, **options), mask]
 
 
+LENGTHS = [5, 1, 3]  # of images one after another
+
+
+def images_inputs(form, **options):
+    q = random(Q, H, W, **options)
+    if "separate" in form:
+        return [q, *(random(sum(LENGTHS), H, W, **options) for _ in range(2))]
+    return [q, random(sum(LENGTHS), 2, H, W, **options), None]
+
+
 FORMS = ("packed", "separate", "packed batched", "separate batched masked", "packed masked")
+IMAGES = ("images", "images separate")
 
 
 def forward(case, save, **options):
@@ -64,6 +81,15 @@ def forward(case, save, **options):
             10,
             4,
             1e-5,
+            save,
+        )
+    if case in IMAGES:
+        inputs = images_inputs(case, **options)
+        starts = torch.tensor([0, *LENGTHS], device=inputs[0].device).cumsum(0).to(torch.int32)
+        return packed_attention._packed_cross_attention_fwd.custom, (
+            *inputs,
+            starts,
+            max(LENGTHS),
             save,
         )
     return attention._cross_attention_fwd.custom, (*attention_inputs(case, **options), save)
@@ -99,17 +125,22 @@ def backward(case, needs_dx=True, **options):
             needs_dx,
             needs_dx,
         )
+    if case in IMAGES:
+        given = (grad, *args[:4], out, *saved, args[4])
+        return packed_attention._packed_cross_attention_bwd.custom, given
     return attention._cross_attention_bwd.custom, (grad, *args[:4], out, *saved)
 
 
-CASES = ["linear_layer_norm", "linear_norm_linear", *FORMS]
+CASES = ["linear_layer_norm", "linear_norm_linear", *FORMS, *IMAGES]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck_forward(case, device):
     operation, args = forward(case, True, device=device)
     args = [
-        a.requires_grad_() if torch.is_tensor(a) and not (i == 3 and "masked" in case) else a
+        a.requires_grad_()
+        if torch.is_tensor(a) and a.is_floating_point() and not (i == 3 and "masked" in case)
+        else a
         for i, a in enumerate(args)
     ]
     torch.library.opcheck(operation, args)
@@ -156,15 +187,20 @@ def public(case, backend="triton"):
             return torch.cat([out.flatten() for out in found])
 
         return both
+    if case == "images":
+        return lambda q, kv: ops.packed_cross_attention(q, kv, lengths=LENGTHS, backend=backend)
     return lambda q, kv: ops.cross_attention(q, kv, backend=backend)
 
 
 def public_inputs(case, **options):
+    if case == "images":
+        return images_inputs(case, **options)[:2]
     inputs = {"linear_layer_norm": norm_inputs, "linear_norm_linear": chain_inputs}.get(case)
     return inputs(**options) if inputs else attention_inputs(case, **options)[:2]
 
 
-PUBLIC = ["linear_layer_norm", "linear_norm_linear", "packed"]
+BATCHED = ["linear_layer_norm", "linear_norm_linear", "packed"]
+PUBLIC = [*BATCHED, "images"]
 
 
 @pytest.mark.parametrize("case", PUBLIC)
@@ -192,7 +228,7 @@ def test_compiles_whole(case, trained, device):
         torch.testing.assert_close(got, torch.autograd.grad(wanted, inputs, upstream))
 
 
-@pytest.mark.parametrize("case", PUBLIC)
+@pytest.mark.parametrize("case", BATCHED)
 def test_exports(case, device):
     """With a batch of any size."""
     function = public(case)
@@ -257,6 +293,7 @@ def test_backward_runs_what_forward_ran(case, device, monkeypatch):
     """Elsewhere, later, and on another thread."""
     seen = []
     module = {"linear_layer_norm": linear_layer_norm, "linear_norm_linear": linear_norm_linear}
+    module["images"] = packed_attention
     module = module.get(case, attention)
     name = f"_{module.__name__.rpartition('.')[2]}_bwd"
     backward = getattr(module, name)

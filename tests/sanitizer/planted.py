@@ -161,6 +161,35 @@ def tokens(bug):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@triton.jit
+def _packed_kernel(x_ptr, starts_ptr, out_ptr, longest, C, BLOCK: tl.constexpr, BUG: tl.constexpr):
+    """One tile of an image's rows, doubled; the rows of all images are one after another."""
+    image = tl.program_id(0)
+    start = tl.load(starts_ptr + image)
+    length = tl.load(starts_ptr + image + 1) - start
+    if BUG == "length of the longest image":
+        length = longest
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)
+    inside = (rows < length)[:, None] & (cols < C)[None, :]
+    x = tl.load(x_ptr + (start + rows)[:, None] * C + cols[None, :], mask=inside, other=0.0)
+    first = start
+    if BUG == "every image written to the first":
+        first = 0
+    tl.store(out_ptr + (first + rows)[:, None] * C + cols[None, :], 2 * x, mask=inside)
+
+
+def packed(bug):
+    lengths, C = [21, 37, 5], 13
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    x = torch.randn(sum(lengths), C, device="cuda")
+    out = torch.empty_like(x)
+    images = len(lengths) + (bug == "one image more than there are")
+    grid = (images, cdiv(max(lengths), BLOCK))
+    _packed_kernel[grid](x, starts, out, max(lengths), C, BLOCK, bug)
+    torch.testing.assert_close(out, 2 * x)
+
+
 @dataclass(frozen=True)
 class Planted:
     """A mistake, and what has to be reported of it."""
@@ -199,6 +228,11 @@ PLANTED = [
     ),
     Planted("sums of the same launch", centre, "read-write race", "_centre_kernel", "sums_ptr"),
     Planted("last tile not summed", centre, "unwritten read", "_centre_kernel", None),
+    Planted("length of the longest image", packed, READ, "_packed_kernel", "x_ptr"),
+    Planted("one image more than there are", packed, READ, "_packed_kernel", "starts_ptr"),
+    Planted(
+        "every image written to the first", packed, "write-write race", "_packed_kernel", "out_ptr"
+    ),
     Planted("descriptor longer than its input", tokens, READ, "_tokens_kernel", "x_ptr"),
     Planted("descriptor rounded up to the tile", tokens, WRITE, "_tokens_kernel", "out_ptr"),
 ]

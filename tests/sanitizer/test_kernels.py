@@ -148,3 +148,34 @@ def test_cross_attention(tiles, descriptors, dtype, shared, masked, width):
     gradients = torch.autograd.grad(truth, leaves, dout.double())
     for mine, theirs in zip((dq, dk, dv), gradients, strict=True):
         check(mine, theirs, dtype)
+
+
+@STYLES
+@DTYPES
+@pytest.mark.parametrize("width", [32, 40])
+def test_packed_cross_attention(tiles, descriptors, dtype, width):
+    """Images of 37, 1, 64 and 50 keys: tails, a single key, and whole tiles."""
+    tiles(16, 32, descriptors=descriptors)
+    lengths, queries, heads = [37, 1, 64, 50], 21, 2
+    starts = torch.tensor(lengths, device="cuda").cumsum(0)
+    starts = torch.nn.functional.pad(starts, (1, 0)).to(torch.int32)
+    q = random(queries, heads, width, dtype=dtype)
+    k, v = random(1, sum(lengths), 2, heads, width, dtype=dtype).unbind(2)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    truth = []
+    for keys, values in zip(*(t[0].split(lengths) for t in leaves[1:]), strict=True):
+        scores = torch.einsum("qhd,lhd->hql", leaves[0], keys) / math.sqrt(width)
+        truth.append(torch.einsum("hql,lhd->qhd", scores.softmax(-1), values))
+    truth = torch.stack(truth)
+
+    out, statistics = cross_attention_fwd(q, k, v, None, starts, statistics=True)
+    check(out, truth.detach(), dtype)
+    dout = random(*truth.shape, dtype=dtype)
+    dk, dv = (guarded(torch.zeros_like(k), between=0) for _ in range(2))
+    longest = max(lengths)
+    dq = cross_attention_bwd(dout, q, k, v, None, out, statistics, dk, dv, starts, longest)
+    assert intact(dk)
+    assert intact(dv)
+    gradients = torch.autograd.grad(truth, leaves, dout.double())
+    for mine, theirs in zip((dq, dk, dv), gradients, strict=True):
+        check(mine, theirs, dtype)

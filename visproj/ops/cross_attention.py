@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
@@ -34,7 +32,6 @@ __all__ = [
     "check_masks",
     "cross_attention",
     "cross_attention_maps",
-    "packed_cross_attention",
 ]
 
 MAX_HEAD_WIDTH = 256
@@ -120,51 +117,6 @@ def cross_attention(
         mask = F.pad(mask, (0, -length % _MASK_MULTIPLE), value=float("-inf")).contiguous()
     save = saves_for_backward(q, k, v)
     return _cross_attention_fwd(q, k, v, mask, save, differentiable=save)[0]
-
-
-def packed_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """:func:`cross_attention` of shared queries over images of different lengths.
-
-    PyTorch takes one image after another. The kernels take them padded to the longest, with a mask
-    of the padding.
-
-    Args:
-        q: ``[Q, H, d]``.
-        k: ``[T, H, d]``, image after image.
-        v: ``[T, H, d]``.
-        lengths: How many keys each image has; none is zero, and their sum is ``T``.
-        backend: As in :func:`cross_attention`.
-
-    Returns:
-        ``[B, Q, H, d]`` in the dtype of ``q`` (the autocast dtype under autocast).
-
-    Raises:
-        TypeError: As :func:`cross_attention`.
-        ValueError: As :func:`cross_attention`, and if the lengths do not fit.
-        RuntimeError: As :func:`cross_attention`.
-    """
-    check_all_floating(q=q, k=k)
-    if q.ndim != 3 or k.ndim != 3:
-        raise InputError(
-            f"q must be [Q, H, d] and k [T, H, d], got shapes {list(q.shape)} and {list(k.shape)}"
-        )
-    if not lengths or min(lengths) < 1 or sum(lengths) != len(k):
-        raise InputError(f"lengths {list(lengths)} do not cut {len(k)} keys into images")
-    sides = [t.split(list(lengths)) for t in (k, v)]
-    if not runs_triton(q, backend):
-        images = zip(*sides, strict=True)
-        return torch.cat([cross_attention(q, k[None], v[None]) for k, v in images])
-    keys, values = (pad_sequence(list(side), batch_first=True) for side in sides)
-    index = torch.arange(keys.shape[1], device=k.device)
-    padding = index >= torch.tensor(lengths, device=k.device)[:, None]
-    return cross_attention(q, keys, values, key_padding_mask=padding, backend=backend)
 
 
 def cross_attention_maps(
