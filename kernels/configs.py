@@ -145,9 +145,19 @@ _HALF |= {
         "d128x64/8w1s p64x32/8w2s",
         _HALF["cross_attention_fwd_wide"][4],
     ),
+    "packed_cross_attention_bwd_dkv": (
+        *_HALF["cross_attention_bwd_dkv"][:2],
+        "d64x64/4w2s d64x64/8w2s p64x64/8w2s",
+        *_HALF["cross_attention_bwd_dkv"][3:],
+    ),
+    "packed_cross_attention_bwd_dq": (
+        *_HALF["cross_attention_bwd_dq"][:3],
+        "d64x64/4w2s p128x64/8w1s",
+        _HALF["cross_attention_bwd_dq"][4],
+    ),
+    "packed_cross_attention_bwd_dkv_wide": _HALF["cross_attention_bwd_dkv_wide"],
+    "packed_cross_attention_bwd_dq_wide": _HALF["cross_attention_bwd_dq_wide"],
 }
-for _name in ("bwd_dkv", "bwd_dq", "bwd_dkv_wide", "bwd_dq_wide"):
-    _HALF[f"packed_cross_attention_{_name}"] = _HALF[f"cross_attention_{_name}"]
 KERNELS = tuple(_HALF)
 
 # fp32, without and with tf32: one configuration for every architecture, or one for each column.
