@@ -35,7 +35,7 @@ from benchmarks import host_cost, model
 from benchmarks.command import Parser, positive_int, run_command
 from benchmarks.peers import FairPerceiver, UpstreamPerceiver
 from visproj import PerceiverProjector, fold, use_backend
-from visproj.kernels import cross_attention_backward, layer_norm, tuning
+from visproj.kernels import cross_attention_queries, layer_norm, tuning
 from visproj.kernels.launch import Launch
 from visproj.kernels.makespan import Tiles, product_tiles
 
@@ -169,7 +169,7 @@ def schedules(
     found = {}
     with ExitStack() as stack:
         stack.enter_context(host_cost.launching_nowhere(architecture=machine.architecture))
-        for module in (cross_attention_backward, layer_norm, tuning):
+        for module in (cross_attention_queries, layer_norm, tuning):
             count = mock.patch.object(module, "multiprocessors", return_value=machine.count)
             stack.enter_context(count)
         for name, module in modules.items():

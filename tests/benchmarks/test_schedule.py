@@ -16,7 +16,7 @@ from benchmarks import schedule
 from benchmarks.model import Launch, Machine
 from benchmarks.schedule import MACHINES, Processors, row, schedules
 from visproj import PerceiverProjector
-from visproj.kernels import configs, cross_attention_backward, launch, plans, registry, tuning
+from visproj.kernels import configs, cross_attention_queries, launch, plans, registry, tuning
 from visproj.kernels.makespan import Tiles, makespan
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_a_choice_that_was_not_timed_is_nearly_the_best(monkeypatch, images):
     rule = tuning.untimed
     monkeypatch.setattr(tuning, "untimed", untimed)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(cross_attention_backward, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cross_attention_queries, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(configs, "architecture", lambda device: 90)
     monkeypatch.setattr(plans, "REMEMBERS", False)
     monkeypatch.setattr(launch.Launch, "_start", lambda self, tensors: None)

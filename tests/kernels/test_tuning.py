@@ -370,7 +370,11 @@ def test_without_memory_to_time_the_first_choice_is_taken(gpu, no_memory_to_time
 
 def test_counts_of_tokens_are_rounded_up(monkeypatch, device):
     """Not every new count of keys or queries is timed: 33 to 64 are one."""
-    from visproj.kernels import cross_attention, cross_attention_backward
+    from visproj.kernels import (
+        cross_attention,
+        cross_attention_backward,
+        cross_attention_queries,
+    )
 
     shapes = []
 
@@ -378,7 +382,7 @@ def test_counts_of_tokens_are_rounded_up(monkeypatch, device):
         shapes.append((kernel, triton.next_power_of_2(shape[0]), *shape[1:]))
         return tuning.choose(kernel, shape, *others)
 
-    for module in (cross_attention, cross_attention_backward):
+    for module in (cross_attention, cross_attention_backward, cross_attention_queries):
         monkeypatch.setattr(module, "choose", spy)
     for queries, keys in ((33, 40), (64, 50)):
         q = torch.randn(queries, 2, 16, device=device, requires_grad=True)
