@@ -144,6 +144,9 @@ def test_compiled(form):
     images = images_of(module)
     wanted = module(images, grid=GRIDS)
     got = torch.compile(module, fullgraph=True, backend="aot_eager")(images, grid=GRIDS)
+    rows, starts = packed(images)
+    whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(rows, cu_seqlens=starts, grid=GRIDS), got)
     # Sines of the rows beyond the stored table are traced as PyTorch's, in fp32.
     assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 

@@ -47,7 +47,8 @@ def pack(
 
     Args:
         features: A list of ``[L_i, C]``, or ``[T, C]`` beside ``cu_seqlens``.
-        cu_seqlens: int32 ``[B + 1]``: where each image starts, and ``T``.
+        cu_seqlens: int32 ``[B + 1]``: where each image starts, and ``T``. While ``torch.compile``
+            traces, lengths are those of the grids instead.
         grids: Rows and columns of each image; squares where they or one of them is ``None``.
         width: ``C``.
         has_cls: Whether each image starts with a CLS token, which is dropped.
@@ -57,7 +58,12 @@ def pack(
         TypeError: If features are not floating point, or ``cu_seqlens`` is not int32.
         ValueError: If shapes, devices, lengths and grids do not fit one another.
     """
-    images = list(features) if cu_seqlens is None else _cut(features, cu_seqlens)
+    if cu_seqlens is None:
+        images = list(features)
+    elif torch.compiler.is_compiling():
+        images = _cut_unread(features, grids, has_cls)
+    else:
+        images = _cut(features, cu_seqlens)
     for index, image in enumerate(images):
         check_features(image, width)
         if image.ndim != 2:
@@ -84,6 +90,16 @@ def pack(
     rows = torch.cat(images) if has_cls or cu_seqlens is None else features
     assert isinstance(rows, Tensor)
     return Packed(rows, lengths, found if positioned else [])
+
+
+def _cut_unread(
+    features: Tensor | Sequence[Tensor], grids: Sequence[Grid | None] | None, has_cls: bool
+) -> list[Tensor]:
+    """The images of ``[T, C]`` while a compiler traces, which cannot read where they start."""
+    assert isinstance(features, Tensor)
+    if grids is None or None in grids:
+        raise InputError("while compiling cu_seqlens are not read: pass the grid of every image")
+    return list(features.split([math.prod(grid) + has_cls for grid in grids if grid is not None]))
 
 
 def _cut(features: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> list[Tensor]:

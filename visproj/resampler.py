@@ -62,7 +62,8 @@ class Resampler(PositionedModule):
             grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``. For images
                 of different sizes one for each.
             cu_seqlens: int32 ``[B + 1]``, where each image of ``[T, C]`` starts, and ``T``: what
-                FlashAttention takes. It is read, so on a GPU the call waits for it.
+                FlashAttention takes. It is read, so on a GPU the call waits for it; while
+                ``torch.compile`` traces, lengths are those of the grids instead.
             return_attention: Also return the attention probabilities.
 
         Returns:
