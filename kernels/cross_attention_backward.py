@@ -94,7 +94,7 @@ def _cross_attention_bwd_dkv_kernel(
         k_ptr += start * stride_k_row
         v_ptr += start * stride_v_row
         first_row = start * stride_dk_row
-        last_query = tl.where(key < keys, queries, 0)  # no work for a tile behind the last key
+        last_query = tl.where(key < keys, queries, 0)  # no work for a tile after the last key
     stride_dout_row = heads * width
     dout_ptr += image * queries * stride_dout_row + head * width
     q_tiles = describe_head(q_ptr, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS)

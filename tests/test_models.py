@@ -327,6 +327,22 @@ def test_adapters_are_called_and_refused_by_fold(name):
     close(output(merged(*call)), found.detach(), "exactly")
 
 
+@pytest.mark.filterwarnings("ignore:torch.*deprecated")
+@pytest.mark.parametrize("name", ["minicpm-v-2.6", "qwen-vl", "aria", "kosmos-2"])
+@torch.no_grad()
+def test_quantised_weights_are_called_and_refused_by_fold(name):
+    torch.manual_seed(1)
+    model, call = Holder(published(name).float()), calls(name, torch.float32)[0]
+    plain = output(model(*call))
+    visproj.convert(model)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    found = output(quantised(*call))
+    # int8 weights: an error that can be seen, and not another function.
+    assert 1e-4 < rms_error(found, plain) < 0.5
+    with pytest.raises(ValueError, match="cannot fold"):
+        visproj.fold(quantised.resampler)
+
+
 @pytest.mark.parametrize(
     ("name", "path"), [("aria", "cross_attn"), ("kosmos-2", "x_attn"), ("minicpm-v-2.6", "attn")]
 )

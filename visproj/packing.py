@@ -13,7 +13,7 @@ from torch import Tensor
 from visproj.checks import check_features
 from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_tensor
-from visproj.positions import Grid, grid_of
+from visproj.positions import Grid, check_grid, grid_of
 
 
 class Packed(NamedTuple):
@@ -96,6 +96,7 @@ def _cut_unread(
     features: Tensor | Sequence[Tensor], grids: Sequence[Grid | None] | None, has_cls: bool
 ) -> list[Tensor]:
     """The images of ``[T, C]`` while a compiler traces, which cannot read where they start."""
+    check_tensor("features", features)
     assert isinstance(features, Tensor)
     if grids is None or None in grids:
         raise InputError("while compiling cu_seqlens are not read: pass the grid of every image")
@@ -131,21 +132,23 @@ def read_grids(sizes: Tensor | Sequence[Grid], batch: int, length: int) -> list[
     """Grids given as ``[B, 2]`` rows and columns, for images padded to ``length`` tokens.
 
     Raises:
-        TypeError: If a tensor of sizes is not of integers.
-        ValueError: If there are not ``batch`` of them, or one is not positive or does not fit.
+        ValueError: If there are not ``batch`` of them, or one is not two positive whole numbers or
+            does not fit.
     """
     if isinstance(sizes, Tensor):
-        if sizes.is_floating_point() and not bool((sizes == sizes.round()).all()):
-            raise TypeError(f"sizes must be whole numbers, got {sizes.dtype}")
         if sizes.ndim != 2 or sizes.shape[1] != 2:
             raise InputError(f"sizes must be [B, 2], got shape {list(sizes.shape)}")
-        sizes = sizes.to("cpu", torch.int64).tolist()  # waits for the device once
-    grids = [(int(rows), int(columns)) for rows, columns in sizes]
-    if len(grids) != batch:
-        raise InputError(f"there are {batch} images, but {len(grids)} sizes")
-    for index, grid in enumerate(grids):
-        if min(grid) < 1 or math.prod(grid) > length:
+        sizes = sizes.tolist()  # waits for the device once
+    if len(sizes) != batch:
+        raise InputError(f"there are {batch} images, but {len(sizes)} sizes")
+    grids = []
+    for index, size in enumerate(sizes):
+        try:
+            grids.append(check_grid(size))
+        except InputError as error:
+            raise InputError(f"image {index}: {error}") from error
+        if math.prod(grids[-1]) > length:
             raise InputError(
-                f"image {index} cannot have a {grid[0]}x{grid[1]} grid: there are {length} tokens"
+                f"image {index} cannot have a {size[0]}x{size[1]} grid: there are {length} tokens"
             )
     return grids

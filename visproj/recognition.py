@@ -123,7 +123,7 @@ def _is_attention(name: str, found: nn.Module, ours: nn.Module) -> bool:
 
 def _check_shapes(kind: Kind, module: nn.Module, ours: nn.Module) -> None:
     """Raise unless ``module`` holds parameters of our names, shapes and order and no buffers."""
-    found, wanted = shapes(module), shapes(ours)
+    found, wanted = _shapes(module), _shapes(ours)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise InputError(
@@ -139,7 +139,7 @@ def _check_shapes(kind: Kind, module: nn.Module, ours: nn.Module) -> None:
         raise InputError(f"it has the buffer {names[0]}")
 
 
-def shapes(module: nn.Module) -> dict[str, list[int]]:
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
     """The shape of every parameter, in order."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: list(_shape(parameter)) for name, parameter in named}

@@ -158,6 +158,8 @@ class Resampler(PositionedModule):
         if positions is None:
             positions = self.packed_positions(packed.grids)
         lengths = packed.lengths
+        if not self.takes_apart():
+            return self._one_by_one(packed, return_attention, positions)
         q, *given = self.project(packed.rows[None], positions, self.query_count(*lengths))
         keys_values = [t[0] for t in given]
         if latent := self.appended():
@@ -173,12 +175,11 @@ class Resampler(PositionedModule):
         keys = keys_values[0] if len(keys_values) == 2 else keys_values[0][:, 0]
         return out, [ops.cross_attention_maps(q, image[None])[0] for image in keys.split(lengths)]
 
-    def one_by_one(
+    def _one_by_one(
         self, packed: Packed, return_attention: bool, positions: Tensor | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """:meth:`resample_packed` by one :meth:`resample` per image."""
-        if positions is None:
-            positions = self.packed_positions(packed.grids)
+        self.query_count(*packed.lengths)  # raises where images have different numbers
         images = packed.split(packed.rows)
         tables = [None] * len(images) if positions is None else packed.split(positions)
         masks = {"attn_mask": None, "key_padding_mask": None}
@@ -223,12 +224,16 @@ class Resampler(PositionedModule):
         """
         raise NotImplementedError
 
+    def takes_apart(self) -> bool:
+        """Whether :meth:`resample` goes by :meth:`project`, attention and :meth:`finish`."""
+        return True
+
     def query_count(self, *lengths: int) -> int | None:
         """How many queries images of these lengths have, ``None`` for all."""
         return None
 
     def appended(self) -> tuple[Tensor, ...] | None:
-        """Keys and values behind those of the features, as :meth:`project`'s but without batch."""
+        """Keys and values after those of the features, as :meth:`project`'s but without batch."""
         return None
 
     def finish(self, attended: Tensor) -> Tensor:

@@ -105,8 +105,7 @@ def empty_config(model: Supported) -> dict[str, Any]:
         resampler = model.build()
     heads, queries = resampler.num_heads, math.prod(resampler.query_grid)
     aria, kosmos2 = (isinstance(resampler, kind) for kind in (AriaProjector, Kosmos2Projection))
-    width = resampler.vis_dim if aria else resampler.latent_query.shape[1] if kosmos2 else 0
-    width = width or resampler.embed_dim
+    width = resampler.embed_dim
     length = math.prod(model.grid)
     sizes = {"width": resampler.vis_dim, "lang_dim": width, "queries": queries, "heads": heads}
     config: dict[str, Any] = {

@@ -90,6 +90,19 @@ def test_nothing_of_another_image(style, image, tiles, device):
     assert all(parts[i].isfinite().all() for i in clean)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_padded_with_a_mask_agrees(dtype, tiles, device):
+    """To roundings of the probabilities and of the result, of which each has one more."""
+    tiles()
+    q, kv = (t.detach() for t in operands(DTYPES[dtype], device))
+    padded = torch.nn.utils.rnn.pad_sequence(kv.split(LENGTHS), batch_first=True)
+    lengths = torch.tensor(LENGTHS, device=device)
+    padding = torch.arange(padded.shape[1], device=device) >= lengths[:, None]
+    wanted = cross_attention(q, padded, key_padding_mask=padding, backend="triton")
+    bound = 4 * torch.finfo(DTYPES[dtype]).eps * wanted.abs().max()
+    assert (packed(q, kv) - wanted).abs().max() <= bound
+
+
 def test_one_image(tiles, device):
     tiles()
     q, kv = operands(torch.float32, device)

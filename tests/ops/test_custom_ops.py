@@ -247,6 +247,18 @@ def test_exports(case, device):
     torch.testing.assert_close(exported.module()(larger), function(*larger))
 
 
+def test_exports_images_of_different_sizes(device):
+    """With the lengths that it was exported with."""
+    function, inputs = public("images"), public_inputs("images", device=device)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(*tensors)
+
+    exported = torch.export.export(Module(), tuple(inputs)).module()
+    torch.testing.assert_close(exported(*inputs), function(*inputs))
+
+
 @pytest.mark.parametrize("case", PUBLIC)
 def test_gradients_only_where_asked(case, device):
     """Frozen weights, frozen features, and everything at once give the same numbers."""

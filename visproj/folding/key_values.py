@@ -51,7 +51,7 @@ class Constants(NamedTuple):
 
 
 class NormLinear(nn.Module):
-    """A Linear, behind a LayerNorm without gain and shift where ``eps`` is given.
+    """A Linear, after a LayerNorm without gain and shift where ``eps`` is given.
 
     In PyTorch that is faster than a product whose rows are scaled.
     """

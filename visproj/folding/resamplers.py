@@ -20,7 +20,6 @@ from visproj.folding.key_values import (
 )
 from visproj.folding.modules import FoldedProjector, own, weights_digest
 from visproj.fusion import Reads, is_plain
-from visproj.packing import Packed
 from visproj.positions import Grid, sincos_axis
 from visproj.resampler import Resampler
 
@@ -73,14 +72,9 @@ class FoldedResampler(FoldedProjector, Resampler):
         attended, maps = self.kv(features, positions, count, **masks)
         return self.tail(attended), maps if return_attention else None
 
-    def resample_packed(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """As :meth:`Resampler.resample_packed`."""
-        if not self.absorbed:
-            return super().resample_packed(packed, return_attention, positions)
-        self.query_count(*packed.lengths)  # raises where images have different numbers
-        return self.one_by_one(packed, return_attention, positions)
+    def takes_apart(self) -> bool:
+        """As :meth:`Resampler.takes_apart`."""
+        return not self.absorbed
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None

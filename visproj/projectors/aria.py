@@ -24,7 +24,6 @@ from visproj.folding.modules import (
 )
 from visproj.folding.resamplers import FoldedAria, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, why_touched
-from visproj.packing import Packed
 from visproj.projectors.attention import MultiheadResampler
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "linear")
@@ -104,7 +103,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
     ) -> None:
         super().__init__()
         width, lang_dim = check_width("vis_dim", vis_dim), check_width("lang_dim", lang_dim)
-        self.vis_dim = width
+        self.vis_dim = self.embed_dim = width
         self.num_heads = check_heads(width, num_heads)
         self.has_cls = False
         self.patch_to_query_dict = dict(patch_to_query_dict)
@@ -127,19 +126,14 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         queries = self.query[: self.query_count(length)].expand(batch, -1, -1)
         mask = masks["key_padding_mask"]
         if mask is not None:
-            mask = mask.repeat_interleave(self.num_heads, 0)[:, None].expand(
-                -1, len(queries[0]), -1
-            )
+            mask = mask.repeat_interleave(self.num_heads, 0)[:, None]
+            mask = mask.expand(-1, queries.shape[1], -1)
         attended = self.cross_attn(features, queries, attn_mask=mask)
         return self.feed_forward(self.layer_norm(attended)), None
 
-    def resample_packed(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """As :meth:`Resampler.resample_packed`."""
-        if why_touched(self.cross_attn) is None:
-            return super().resample_packed(packed, return_attention, positions)
-        return self.one_by_one(packed, return_attention, positions)
+    def takes_apart(self) -> bool:
+        """As :meth:`Resampler.takes_apart`."""
+        return why_touched(self.cross_attn) is None and super().takes_apart()
 
     def tokens(
         self, features: Tensor, positions: Tensor | None, queries: int | None

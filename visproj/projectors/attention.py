@@ -19,7 +19,6 @@ from visproj.folding.modules import check_foldable, copied_linear, copied_norm
 from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
 from visproj.ops.cross_attention import cast_mask, check_masks
-from visproj.packing import Packed
 from visproj.positions import (
     Grid,
     check_grid,
@@ -57,8 +56,8 @@ class MultiheadResampler(Resampler):
         """Everything after the attention's own output projection."""
         return x
 
-    def _takes_apart(self) -> bool:
-        """Whether the attention's parameters may be read."""
+    def takes_apart(self) -> bool:
+        """As :meth:`Resampler.takes_apart`: whether the attention's parameters may be read."""
         return is_plain(self, {self.attention: nn.MultiheadAttention})
 
     def _attention(self) -> Any:
@@ -68,7 +67,7 @@ class MultiheadResampler(Resampler):
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Resampler.resample`, attention called whole where it cannot be taken apart."""
-        if self._takes_apart():
+        if self.takes_apart():
             return super().resample(features, positions, return_attention, **masks)
         if positions is not None:
             positions = positions.view(-1, features.shape[1], positions.shape[-1])
@@ -77,14 +76,6 @@ class MultiheadResampler(Resampler):
             self._attention(), *tokens, self.num_heads, return_attention, **masks
         )
         return self.finish_projected(out), maps
-
-    def resample_packed(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """As :meth:`Resampler.resample_packed`; attention called whole: one by one."""
-        if self._takes_apart():
-            return super().resample_packed(packed, return_attention, positions)
-        return self.one_by_one(packed, return_attention, positions)
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None

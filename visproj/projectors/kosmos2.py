@@ -16,7 +16,6 @@ from visproj.folding.key_values import Constants, KeyValues
 from visproj.folding.modules import check_foldable, copied_linear
 from visproj.folding.resamplers import FoldedKosmos2, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, why_touched
-from visproj.packing import Packed
 
 _LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj")
 _READS: Reads = {"dense": nn.Linear, **{f"x_attn.{name}": nn.Linear for name in _LINEARS}}
@@ -36,7 +35,7 @@ class Kosmos2Attention(nn.Module):
 class Kosmos2Projection(Kosmos2Calls):
     """Kosmos-2's and Kosmos-2.5's projection, ``[B, L, C] -> [B, Q, D]`` and its attention.
 
-    ``y = x W_dᵀ + b_d``; queries ``latent_query``, keys and values ``y`` and behind them the
+    ``y = x W_dᵀ + b_d``; queries ``latent_query``, keys and values ``y`` and after them the
     queries; multi-head attention. State-dict keys: ``latent_query [Q, D]``, ``dense.*``,
     ``x_attn.{k_proj, v_proj, q_proj, out_proj}.*``.
 
@@ -54,7 +53,7 @@ class Kosmos2Projection(Kosmos2Calls):
     ) -> None:
         super().__init__()
         self.vis_dim = check_width("vis_dim", vis_dim)
-        width = check_width("lang_dim", lang_dim)
+        self.embed_dim = width = check_width("lang_dim", lang_dim)
         self.num_heads = check_heads(width, num_heads)
         self.query_grid = (1, num_queries)
         self.has_cls = False
@@ -75,10 +74,10 @@ class Kosmos2Projection(Kosmos2Calls):
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Resampler.resample`; ``x_attn`` is called whole where it must be."""
-        if not self._whole():
-            self._refuse_masks(masks)
+        if any(mask is not None for mask in masks.values()):
+            raise InputError("Kosmos-2's projection takes no masks: its queries are keys as well")
+        if self.takes_apart():
             return super().resample(features, positions, return_attention, **masks)
-        self._refuse_masks(masks)
         latent = self.latent_query.expand(len(features), -1, -1)
         keys = torch.cat([self.dense(features), latent], 1)
         out, maps, *_ = self.x_attn(
@@ -89,13 +88,9 @@ class Kosmos2Projection(Kosmos2Calls):
         )
         return out, maps if return_attention else None
 
-    def resample_packed(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """As :meth:`Resampler.resample_packed`."""
-        if not self._whole():
-            return super().resample_packed(packed, return_attention, positions)
-        return self.one_by_one(packed, return_attention, positions)
+    def takes_apart(self) -> bool:
+        """As :meth:`Resampler.takes_apart`."""
+        return self._whole() is None
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
@@ -125,10 +120,6 @@ class Kosmos2Projection(Kosmos2Calls):
         # Before transformers 5 it did not say so, and was taken for causal but in its eager form.
         causal = getattr(self.x_attn, "is_causal", self._implementation() not in (None, "eager"))
         return "its attention is causal" if causal else why_touched(self.x_attn)
-
-    def _refuse_masks(self, masks: dict[str, Any]) -> None:
-        if any(mask is not None for mask in masks.values()):
-            raise InputError("Kosmos-2's projection takes no masks: its queries are keys as well")
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -107,7 +107,7 @@ def insert_visual_tokens(
     text_row, text_column = (kept & ~placeholder).nonzero(as_tuple=True)
     text_at = (text_row, start[text_row, text_column])
     image_row, image_column = placeholder.nonzero(as_tuple=True)
-    # The i-th visual token of all goes as far behind its image's start as the image goes on.
+    # The i-th visual token of all, less those of earlier images, counts from its image's start.
     ahead = start[image_row, image_column] - (per_image.cumsum(0) - per_image)
     total = len(visual_tokens)
     image_row, ahead = (
