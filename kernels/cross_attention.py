@@ -16,7 +16,7 @@ from torch import Tensor
 from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, Launch
-from visproj.kernels.layout import unit_columns
+from visproj.kernels.layout import describable, unit_columns
 from visproj.kernels.makespan import Tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
@@ -314,9 +314,13 @@ def _in_pytorch(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _library_has(q: Tensor, mask: Tensor | None, statistics: bool) -> bool:
-    """Whether PyTorch has this attention and its statistics."""
-    return not statistics or (mask is None and q.element_size() == 2 and q.shape[-1] % 8 == 0)
+def _library_has(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool) -> bool:
+    """Whether PyTorch has this attention and its statistics.
+
+    FlashAttention reads 16 bytes at a time and does not look whether they are aligned.
+    """
+    flash = mask is None and q.element_size() == 2 and q.shape[-1] % 8 == 0
+    return (flash or not statistics) and describable(q, k, v)
 
 
 def _plan(
@@ -358,7 +362,7 @@ def _plan(
 
     row = table_row("cross_attention_fwd", q, mask, packed)
     choices: tuple[Any, ...] = configs.candidates(row, (q, k, v), precision)
-    if not packed and _library_has(q, mask, statistics):
+    if not packed and _library_has(q, k, v, mask, statistics):
         choices = *choices, LIBRARY
     keys_class = triton.next_power_of_2(keys)
     key = batch * queries, keys_class, heads, width, mask is not None, statistics, precision

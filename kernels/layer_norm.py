@@ -40,7 +40,8 @@ def _layer_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.load(x_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / width
+    # Rounded correctly, for / is not: a row of one value has that value as its mean.
+    mean = tl.div_rn(tl.sum(x, 0), width * 1.0)
     centred = tl.where(inside, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
     out = centred * rstd * _row_vector(gain_ptr, cols, width)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernels_support import (
     DTYPES,
+    LAYOUTS,
     attention_operands,
     check_attention,
     check_errors,
@@ -26,7 +27,7 @@ def chosen(monkeypatch):
     from visproj.kernels import launch, plans, tuning
 
     def take(names, choices, prepare, device):
-        return tuning.LIBRARY if tuning.LIBRARY in choices else None
+        return tuning.LIBRARY if tuning.LIBRARY in choices else choices[0]
 
     started = []
     start = launch.Launch.start
@@ -36,6 +37,7 @@ def chosen(monkeypatch):
         start(self, tensors)
 
     monkeypatch.setattr(tuning, "_read_or_timed", take)
+    monkeypatch.setattr(tuning, "_remembered", {})
     monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(launch.Launch, "start", record)
     return started
@@ -99,6 +101,16 @@ def test_a_product_that_fp16_holds_only_when_it_is_scaled(dtype, device):
     out = ops.folded_linear(x, weight, bias, factor, factor[0] * 0, eps=1e-5, backend="triton")
     # 16 * 100 * 100 = 160,000 times 1 / sqrt(16 * 10,000 ** 2).
     torch.testing.assert_close(out, torch.full_like(out, 4.0))
+
+
+@pytest.mark.parametrize("operand", range(3), ids="qkv")
+@pytest.mark.parametrize("layout", ["offset", "odd_rows"])
+def test_attention_on_rows_that_are_not_aligned(layout, operand, dtype, chosen, device):
+    """FlashAttention would read 16 bytes at a time where it must not."""
+    tensors = attention_operands(2, 9, 21, 3, 16, dtype, device, packed=False)
+    tensors[operand] = LAYOUTS[layout](tensors[operand])
+    check_attention(tensors)
+    assert "_cross_attention_fwd_kernel" in chosen
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared q", "batched q"])

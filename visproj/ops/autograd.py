@@ -115,13 +115,24 @@ def saves_for_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace what it calls
+def has_autocast(kind: str) -> bool:
+    """Return whether autocast exists for a type of device: "meta" has none."""
+    return torch.amp.is_autocast_available(kind)
+
+
+def autocasting(kind: str) -> bool:
+    """Return whether the ambient autocast acts on a type of device."""
+    return has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
 def norm_autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of ``nn.LayerNorm(nn.Linear(x))`` under the ambient autocast.
 
     CUDA's autocast runs LayerNorm in fp32 and returns fp32; a CPU's leaves it in the lower dtype.
     """
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not autocasting(kind):
         return x.dtype
     return torch.float32 if kind == "cuda" else torch.get_autocast_dtype(kind)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visproj.errors import InputError
+from visproj.ops.autograd import autocasting
 
 
 def check_all_floating(**tensors: Any) -> None:
@@ -84,7 +85,7 @@ def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None
     """
     check_floating(name, tensor)
     check_device(name, tensor, like_name, like)
-    if tensor.dtype != like.dtype and not _autocasts(like.device):
+    if tensor.dtype != like.dtype and not autocasting(like.device.type):
         raise TypeError(
             f"{name} and {like_name} must have one dtype, got {tensor.dtype} and {like.dtype}"
         )
@@ -101,13 +102,7 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors as a matrix product would take them under the ambient autocast, if any."""
     kind = first.device.type
-    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not autocasts or first.dtype == torch.float64:
+    if not autocasting(kind) or first.dtype == torch.float64:
         return first, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (first, *others))
-
-
-def _autocasts(device: torch.device) -> bool:
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

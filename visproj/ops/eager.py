@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visproj.ops.autograd import has_autocast
 from visproj.ops.masks import merge_masks
 
 
@@ -164,11 +165,26 @@ def cross_attention(
     mask = dead = None
     if attn_mask is not None or key_padding_mask is not None:
         mask, dead = merge_masks(attn_mask, key_padding_mask, batch, heads, q.dtype)
+    q, k, v = map(_in_sixteens, (q, k, v))
     queries, keys, values = (t.transpose(-3, -2).expand(batch, -1, -1, -1) for t in (q, k, v))
+    if heads == 0:  # for which SDPA on a GPU fails in backward
+        return (queries @ keys.transpose(-1, -2) @ values).transpose(1, 2)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
     return out.transpose(1, 2)
+
+
+def _in_sixteens(tensor: Tensor) -> Tensor:
+    """Return a GPU's tensor so that all its rows begin at multiples of 16 bytes.
+
+    FlashAttention reads 16 bytes at a time and SDPA does not look whether it may.
+    """
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return tensor
+    steps = tensor.storage_offset(), *tensor.stride()[:-1]
+    aligned = all(step * tensor.element_size() % 16 == 0 for step in steps)
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def cross_attention_maps(
@@ -179,8 +195,7 @@ def cross_attention_maps(
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries, keys = (t.transpose(-3, -2).to(dtype) for t in (q, k))
     kind = q.device.type
-    autocasts = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
+    with torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext():
         scores = queries.expand(batch, -1, -1, -1) @ keys.transpose(-1, -2) / math.sqrt(width)
     if attn_mask is None and key_padding_mask is None:
         return scores.softmax(-1)
