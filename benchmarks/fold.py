@@ -260,7 +260,7 @@ def error_table() -> Table:
 def triton_tables() -> Iterator[Table]:
     """What the kernels launch, compute and move, counted; for one image and for eight."""
     projector = PerceiverProjector(CLIP_L, LLAMA_7B)
-    folded = fold(projector, dtype=torch.bfloat16, triton=True)
+    folded = fold(projector, dtype=torch.bfloat16)
     for batch in (1, 8):
         x = inputs(batch, CLIP_L, torch.bfloat16)
         with use_backend("triton"):

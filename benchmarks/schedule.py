@@ -152,7 +152,7 @@ def _own_product(launch: Launch) -> Tiles:
 def modules() -> dict[str, nn.Module]:
     """What is compared, in bf16."""
     projector = PerceiverProjector(WIDTH, LANG_DIM)
-    found: dict[str, nn.Module] = {"folded": fold(projector, dtype=torch.bfloat16, triton=True)}
+    found: dict[str, nn.Module] = {"folded": fold(projector, dtype=torch.bfloat16)}
     found["unfolded"] = projector.bfloat16()
     for name, kind in (("fair", FairPerceiver), ("upstream", UpstreamPerceiver)):
         with torch.device("meta"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from visproj.kernels import configs
 from visproj.kernels.device import dot_precision
 from visproj.kernels.launch import Config, Launch
-from visproj.kernels.layout import describable, unit_columns
+from visproj.kernels.layout import unit_columns
 from visproj.kernels.makespan import Tiles
 from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
@@ -320,7 +320,7 @@ def _library_has(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistic
     FlashAttention reads 16 bytes at a time and does not look whether they are aligned.
     """
     flash = mask is None and q.element_size() == 2 and q.shape[-1] % 8 == 0
-    return (flash or not statistics) and describable(q, k, v)
+    return (flash or not statistics) and configs.describable(q, k, v)
 
 
 def _plan(

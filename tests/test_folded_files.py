@@ -63,11 +63,10 @@ def rewrite(path, damage):
     save_file(state, path, metadata)
 
 
-@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_files(case, triton, tmp_path):
+def test_damaged_files(case, tmp_path):
     path = tmp_path / "folded.safetensors"
-    fold(make("perceiver"), triton=triton).save(path)
+    fold(make("perceiver")).save(path)
     damage, message = DAMAGE[case]
     rewrite(path, damage)
     with pytest.raises(InputError, match=message) as refused:
@@ -85,12 +84,11 @@ def test_damaged_clip_layers(vision, tmp_path):
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (32, 32), (64, 32)], ids=str)
-@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("kind", ["baseline", "perceiver"])
-def test_every_form_is_read_and_kept_in_memory(kind, triton, widths, tmp_path):
+def test_every_form_is_read_and_kept_in_memory(kind, widths, tmp_path):
     from visproj import build_projector
 
-    folded = fold(build_projector(kind, *widths).double(), triton=triton)
+    folded = fold(build_projector(kind, *widths).double())
     path = tmp_path / "folded.bin"
     folded.save(path)
     loaded = load_folded(path)

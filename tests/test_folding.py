@@ -20,7 +20,6 @@ from visproj.reference import projector_ref
 KINDS = ["baseline", "vit", "perceiver"]
 # fp64 with one QR factorisation and products of up to 200 terms; 1e-13 was seen.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-FORMS = pytest.mark.parametrize("triton", [False, True], ids=["for torch", "for Triton"])
 
 
 def masks_for(form, batch, heads, queries, keys):
@@ -54,22 +53,11 @@ MASKS = [
 ]
 
 
-@FORMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_identity(kind, triton, device):
+def test_identity(kind, device):
     projector = make(kind, device=device)
     x = features(2, 257, device=device)
-    torch.testing.assert_close(projector.fold(triton=triton)(x), projector(x), **EXACT)
-
-
-@pytest.mark.parametrize("kind", ["baseline", "vit"])
-def test_features_wider_than_the_output(kind):
-    """No factor is smaller than the weight itself, which then stays as it is."""
-    projector = make(kind, 24)
-    folded = fold(projector, triton=True)
-    assert not any("stats" in name for name in folded.state_dict())
-    x = features(2, 17)
-    torch.testing.assert_close(folded(x), projector(x), **EXACT)
+    torch.testing.assert_close(projector.fold()(x), projector(x), **EXACT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +88,9 @@ SHAPES = st.builds(
     shape=SHAPES,
     form=st.sampled_from(MASKS),
     eps=st.sampled_from([1e-12, 1e-5, 0.1]),
-    triton=st.booleans(),
     data=st.data(),
 )
-def test_perceiver_identity(shape, form, eps, triton, data):
+def test_perceiver_identity(shape, form, eps, data):
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     lang_dim = shape.heads * shape.head_width
     projector = PerceiverProjector(
@@ -119,7 +106,7 @@ def test_perceiver_identity(shape, form, eps, triton, data):
     keys, queries = shape.grid[0] * shape.grid[1], projector.num_queries
     x = features(shape.batch, keys + shape.has_cls, shape.width)
     masks = masks_for(form, shape.batch, shape.heads, queries, keys)
-    folded = fold(projector, grid=shape.grid, triton=triton)
+    folded = fold(projector, grid=shape.grid)
     got, got_maps = folded(x, grid=shape.grid, return_attention=True, **masks)
     wanted, wanted_maps = projector(x, grid=shape.grid, return_attention=True, **masks)
     # Weights of deviation 0.3 and near-empty rows: errors grow by up to 1e2 over the layers.
@@ -202,12 +189,11 @@ def test_rounding_against_eager(kind, dtype, backend):
     assert sum(ours) <= ROUNDING[dtype] * sum(theirs)
 
 
-@FORMS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_from_fp32(kind, dtype, triton):
+def test_half_precision_from_fp32(kind, dtype):
     projector = make(kind, dtype=torch.float32)
-    folded = fold(projector, dtype=dtype, triton=triton)
+    folded = fold(projector, dtype=dtype)
     assert {b.dtype for b in folded.state_dict().values()} == {dtype}
     x = features(1, 257, dtype=dtype)
     # Weights and a chain of at most six activations rounded to this dtype, eps / 2 each.
@@ -245,23 +231,16 @@ def test_fp16_holds_the_scale_of_empty_rows(scale):
         torch.testing.assert_close(out.double(), truth, rtol=0, atol=bound)
 
 
-@FORMS
-@pytest.mark.parametrize("kind", ["baseline", "perceiver"])
-def test_fp16_holds_the_norm_of_wide_rows(kind, triton):
+def test_fp16_holds_the_norm_of_wide_rows():
     """sqrt(D) times what a number of the unfolded product is would overflow in the factor's."""
-    if kind == "baseline":
-        projector = LinearProjector(32, 1024)
-        linear = projector[0]
-    else:
-        projector = gently_random(PerceiverProjector(32, 1024))
-        linear = projector.kv_proj
+    projector = gently_random(PerceiverProjector(32, 1024))
     with torch.no_grad():
-        linear.weight[:, 0] = torch.where(torch.arange(1024) % 2 == 0, 1.0, -1.0)
+        projector.kv_proj.weight[:, 0] = torch.where(torch.arange(1024) % 2 == 0, 1.0, -1.0)
     x = features(1, 17, dtype=torch.float32)
     x[..., 0] = 4096  # times sqrt(1024) is 131072, beyond fp16
     projector, x = projector.half(), x.half()
     truth = projector_ref(projector, x)
-    out = fold(projector, triton=triton)(x)
+    out = fold(projector)(x)
     # A chain of at most six roundings of eps / 2 each, as in half precision from fp32.
     assert rms_error(out, truth) < 6 * torch.finfo(torch.float16).eps
 
@@ -298,12 +277,11 @@ def test_projector_is_left_alone_and_staleness_is_seen(kind):
     assert not torch.equal(folded(features(1, 17)), projector(features(1, 17)))
 
 
-@FORMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip(kind, triton, tmp_path):
+def test_round_trip(kind, tmp_path):
     projector = make(kind)
     options = {"grid": (5, 6)} if kind == "perceiver" else {}
-    folded = fold(projector, triton=triton, **options)
+    folded = fold(projector, **options)
     folded.save(tmp_path / "folded.safetensors")
     loaded = load_folded(tmp_path / "folded.safetensors")
     assert type(loaded) is type(folded)
@@ -338,11 +316,10 @@ def test_copies_and_casts(kind):
     assert not any(p.requires_grad for p in folded.parameters())
 
 
-@FORMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_whole_and_exports(kind, triton):
+def test_compiles_whole_and_exports(kind):
     projector = make(kind)
-    folded = fold(projector, triton=triton)
+    folded = fold(projector)
     x = features(2, 257)
     wanted = folded(x)
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")

@@ -28,11 +28,10 @@ def test_dropout_folds_in_eval_mode(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("triton", [False, True], ids=["for torch", "for Triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_products_are_quantised(kind, triton):
+def test_folded_products_are_quantised(kind):
     """Tools that exchange Linears find the folded ones, and what they put there is called."""
-    folded = fold(make(kind, dtype=torch.float32), triton=triton)
+    folded = fold(make(kind, dtype=torch.float32))
     quantised = torch.ao.quantization.quantize_dynamic(folded, {nn.Linear}, dtype=torch.qint8)
     x = features(2, 17, dtype=torch.float32)
     error = rms_error(quantised(x), folded(x))
@@ -50,7 +49,7 @@ def test_a_folded_weight_that_requires_gradients_is_refused():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_quantised_module_is_refused_by_name(tmp_path):
     projector = make("baseline", dtype=torch.float32).eval()
-    folded = projector.fold(triton=True)
+    folded = projector.fold()
     quantised = torch.ao.quantization.quantize_dynamic(folded)
     with pytest.raises(InputError, match="not a tensor: save before quantising"):
         quantised.save(tmp_path / "f")

@@ -11,7 +11,6 @@ from rounding import rms, roundings, within
 
 from benchmarks import model
 from visproj import LinearProjector, PerceiverProjector, fold, graphed, load_folded, use_backend
-from visproj.folding.modules import folds_for_triton
 from visproj.reference import projector_ref
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -87,26 +86,6 @@ def test_masks(form, device):
     check(projector, x, grid=(5, 6), **{name: mask.to(device) for name, mask in masks.items()})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("triton", [False, True], ids=["for torch", "for Triton"])
-def test_either_form_runs_on_either_backend(kind, triton, device):
-    projector = build(kind, torch.float32, device)
-    x = features(2, 17, dtype=torch.float32, device=device)
-    folded = fold(projector, triton=triton)
-    check(projector, x, folded=folded)
-    with use_backend("torch"):
-        assert rms_error(folded(x), projector_ref(projector, x)) < 1e-5
-
-
-def test_the_form_follows_the_backend(device):
-    projector = build("baseline", torch.float32, device)
-    with use_backend("triton"):
-        assert "product.factor" in fold(projector).state_dict()
-        assert not folds_for_triton(projector[0].weight, torch.float64)
-    with use_backend("torch"):
-        assert "product.factor" not in fold(projector).state_dict()
-
-
 def test_attention_maps(device):
     projector = build("perceiver", torch.float32, device)
     x = features(2, 31, dtype=torch.float32, device=device)
@@ -147,7 +126,8 @@ def test_compiles_whole_and_exports(kind, device):
     torch.testing.assert_close(compiled, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(exported.module()(x), wanted, rtol=1e-4, atol=1e-4)
     names = {str(node.target) for node in exported.graph.nodes}
-    assert "visproj.folded_linear_fwd.default" in names
+    operation = "folded_linear_fwd" if kind == "perceiver" else "linear_layer_norm_fwd"
+    assert f"visproj.{operation}.default" in names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +168,7 @@ def test_five_launches_and_nothing_wide_between(batch, has_cls):
     C, D, L, Q = 128, 512, 256, 256
     projector = PerceiverProjector(C, D, num_heads=4, has_cls=has_cls).bfloat16()
     x = torch.randn(batch, L + has_cls, C, dtype=torch.bfloat16)
-    shapes = written(fold(projector, triton=True), x)
+    shapes = written(fold(projector), x)
     assert [name for name, _ in shapes] == [
         *("_linear_fwd_kernel",) * 2,
         "_cross_attention_fwd_kernel",
@@ -208,13 +188,13 @@ def test_five_launches_and_nothing_wide_between(batch, has_cls):
 def test_two_launches_of_a_linear():
     projector = LinearProjector(128, 512).bfloat16()
     x = torch.randn(2, 257, 128, dtype=torch.bfloat16)
-    shapes = written(fold(projector, triton=True), x)
-    assert [outputs for _, outputs in shapes] == [[(1, 514)], [(2, 257, 512)]]
+    shapes = written(fold(projector), x)
+    assert [name for name, _ in shapes] == ["aten.addmm", "_layer_norm_fwd_kernel"]
 
 
 def test_the_queries_cost_nothing_an_image():
     """FLOPs are those of an image times their number."""
-    folded = fold(PerceiverProjector(128, 512, num_heads=4).bfloat16(), triton=True)
+    folded = fold(PerceiverProjector(128, 512, num_heads=4).bfloat16())
     with use_backend("triton"):
         one, four = (
             model.costs(folded, [torch.randn(b, 257, 128).bfloat16()], trains=False)["forward"]
@@ -226,10 +206,10 @@ def test_the_queries_cost_nothing_an_image():
 
 def test_a_triangle_costs_half():
     """Tiles that lie whole below the diagonal are skipped: 5/8 of a square of 4 x 4 tiles."""
-    linear = LinearProjector(512, 2048).bfloat16()
+    keys_and_values = fold(PerceiverProjector(512, 1024).bfloat16()).kv
     x = torch.randn(1, 256, 512, dtype=torch.bfloat16)
     with use_backend("triton"):
-        cost = model.costs(fold(linear, triton=True), [x], trains=False)["forward"]
+        cost = model.costs(keys_and_values, [x], trains=False)["forward"]
     assert [launch.flops for launch in cost.launches] == [
         2 * 256 * 512 * 512 * 5 // 8,
         2 * 256 * 512 * 2048,

@@ -107,7 +107,7 @@ def test_counting_tunes_nothing(monkeypatch):
         raise RuntimeError("a kernel was timed")
 
     monkeypatch.setattr(tuning, "_read_or_timed", timed)
-    folded = fold(PerceiverProjector(32, 128).bfloat16(), triton=True)
+    folded = fold(PerceiverProjector(32, 128).bfloat16())
     x = torch.randn(1, 257, 32).bfloat16()
     with use_backend("triton"):
         with pytest.raises(RuntimeError, match="a kernel was timed"):

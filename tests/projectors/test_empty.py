@@ -114,11 +114,10 @@ def test_masks_are_checked_without_an_image(shape, device):
         projector(inputs((0,), device), torch.zeros(shape, device=device), grid=GRID)
 
 
-@pytest.mark.parametrize("triton", [False, True], ids=["for torch", "for triton"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded(kind, backend, triton, device):
-    folded = fold(small(kind, device=device), triton=triton, **options_of(kind))
+def test_folded(kind, backend, device):
+    folded = fold(small(kind, device=device), **options_of(kind))
     for lead in LEADS:
         x = inputs(lead, device).detach()
         with use_backend(backend):

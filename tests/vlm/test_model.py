@@ -332,7 +332,7 @@ def test_a_model_that_returns_more_than_tokens(model):
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_folded_projector_answers(quantised):
     """Also without any parameter left."""
-    projector = tiny_projector("perceiver").module.eval().fold(triton=True)
+    projector = tiny_projector("perceiver").module.eval().fold()
     if quantised:
         projector = torch.ao.quantization.quantize_dynamic(projector)
         assert not list(projector.parameters())

@@ -47,15 +47,12 @@ def fold(projector: nn.Module, **options: Any) -> FoldedProjector:
             :class:`visproj.PerceiverProjector`, what :func:`visproj.convert` made of another
             model's resampler, or anything else with a ``fold`` method of its own.
         **options: ``dtype`` of the folded weights, the projector's own by default; they are
-            combined in fp64. ``triton``: whether to fold a Linear and its LayerNorm, which is
-            faster on the Triton kernels and slower in PyTorch; by default it follows what runs on
-            the projector's device. Either form runs on both: set it to fold on one machine for
-            another. A resampler is the same for both. ``form``, of a resampler: ``"keys"``, one
-            product for keys and values, or ``"absorbed"``, where queries go through the key weights
-            first; by default the one of fewer multiply-adds, and ``"keys"`` where scores would be
-            wider than keys. ``grid``, of a resampler with positions: the grid of the features that
-            it will see most, for which positions are kept ready; its query grid by default. Other
-            grids stay possible.
+            combined in fp64. ``form``, of a resampler: ``"keys"``, one product for keys and
+            values, or ``"absorbed"``, where queries go through the key weights first; by default
+            the one of fewer multiply-adds, and ``"keys"`` where scores would be wider than keys.
+            ``grid``, of a resampler with positions: the grid of the features that it will see most,
+            for which positions are kept ready; its query grid by default. Other grids stay
+            possible.
 
     Raises:
         TypeError: If ``projector`` cannot be folded, or does not take an option.

@@ -42,7 +42,7 @@ from visproj.positions import check_grid
 OLDER_FORMAT = "visproj-folded-3"
 
 _WIDTHS = {"vis_dim", "lang_dim", "digest"}
-_LINEAR = {*_WIDTHS, "eps", "floor"}
+_LINEAR = {*_WIDTHS, "eps"}
 _RESAMPLER = {*_WIDTHS, "num_heads", "query_grid", "has_cls", "form", "floor", "eps"}
 _GRID = {*_RESAMPLER, "grid", "out_floor"}
 _RESIZED = {*_GRID, "separable"}
@@ -130,6 +130,9 @@ def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
     if older and isinstance(config, dict) and "form" in wanted and "out_eps" in config:
         config = {"form": "keys", "eps": None, "separable": False, **config}
         del config["out_eps"]
+    if "floor" not in wanted and isinstance(config, dict) and config.keys() == wanted | {"floor"}:
+        if config.pop("floor") is not None:
+            raise InputError("it holds a form of Linear and LayerNorm that is no more: fold again")
     if not isinstance(config, dict) or config.keys() != wanted:
         names = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InputError(f"its configuration has the entries {names}, not {sorted(wanted)}")
@@ -193,12 +196,8 @@ def _empty_scaled(outputs: int, inputs: int, width: int, floor: float) -> Scaled
 
 def _empty_linear(config: dict[str, Any]) -> FoldedLinear:
     inputs, outputs = config["vis_dim"], config["lang_dim"]
-    product: nn.Module
-    if config["floor"] is None:
-        product = nn.Sequential(_linear(outputs, inputs), _norm(outputs, config["eps"]))
-    else:
-        product = _empty_scaled(outputs, inputs, outputs, config["floor"])
-    return FoldedLinear(config, product)
+    norm = _norm(outputs, config["eps"])
+    return FoldedLinear(config, nn.Sequential(_linear(outputs, inputs), norm))
 
 
 def _empty_vit(config: dict[str, Any]) -> FoldedViT:

@@ -16,9 +16,8 @@ from visproj.checks import check_features
 from visproj.contents import FOLDED_FORMAT
 from visproj.errors import InputError
 from visproj.files import entries_of, replacing, tensor_bytes, write_safetensors
-from visproj.folding.algebra import Scaled, fold_linear_norm, or_zeros
+from visproj.folding.algebra import Scaled, or_zeros
 from visproj.fusion import Reads, is_plain, linear_layer_norm, why_not_plain, why_touched
-from visproj.ops.autograd import norm_autocast_dtype
 from visproj.ops.checks import check_alike
 from visproj.ops.folded_linear import Inputs, check_input, fitting_folded_linear
 
@@ -166,13 +165,12 @@ class FoldedProjector(nn.Module):
 class FoldedLinear(FoldedProjector):
     """``LinearProjector`` with constants for weights: ``[..., S, C] -> [..., S, D]``.
 
-    For the Triton kernels, and where the features are narrower than the output, a
-    :class:`ScaledLinear`: its factor costs ``C² / 2`` multiply-adds per row, and the output is
-    written once instead of twice. In plain PyTorch a Linear and a LayerNorm are the fastest form
-    there is, and folding changes nothing.
+    Still a Linear and a LayerNorm, the fastest form there is. As a :class:`ScaledLinear` it took
+    the kernels 17.8, 53 and 186 µs instead of 9.5, 36 and 145 for 1, 8 and 32 images (H200, C 1024,
+    D 4096, 257 tokens, bf16).
     """
 
-    def __init__(self, config: dict[str, Any], product: nn.Module) -> None:
+    def __init__(self, config: dict[str, Any], product: nn.Sequential) -> None:
         super().__init__()
         self.config = config
         self.product = product
@@ -180,18 +178,14 @@ class FoldedLinear(FoldedProjector):
     @property
     def like(self) -> Tensor:
         """As :attr:`FoldedProjector.like`."""
-        if isinstance(self.product, ScaledLinear):
-            return self.product.factor
-        return self.product[1].weight  # type: ignore[index]
+        norm: Any = self.product[1]
+        return norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`LinearProjector.forward`."""
         self.check(x)
-        if isinstance(self.product, ScaledLinear):
-            out = self.product(x)
-            return out.to(norm_autocast_dtype(x))  # a LayerNorm gives fp32 under CUDA's autocast
         if is_plain(self.product, _LINEAR_NORM):
-            return linear_layer_norm(x, *self.product)  # type: ignore[misc]
+            return linear_layer_norm(x, *self.product)
         return self.product(x)
 
 
@@ -218,25 +212,17 @@ class FoldedViT(FoldedProjector):
         return self.tail(self.vis_layer(x))
 
 
-def fold_linear(
-    projection: nn.Sequential, dtype: torch.dtype | None, triton: bool | None
-) -> FoldedLinear:
+def fold_linear(projection: nn.Sequential, dtype: torch.dtype | None) -> FoldedLinear:
     """Fold a plain Linear and the plain LayerNorm after it; the digest is the caller's to add."""
     linear: Any
     norm: Any
     linear, norm = projection
-    triton = folds_for_triton(linear.weight, dtype) if triton is None else triton
     dtype = linear.weight.dtype if dtype is None else dtype
     config: dict[str, Any] = {
         "vis_dim": linear.in_features,
         "lang_dim": linear.out_features,
         "eps": norm.eps,
-        "floor": None,
     }
-    if triton and linear.in_features < linear.out_features:
-        inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
-        scaled = copied(fold_linear_norm(*inner), dtype)
-        return FoldedLinear({**config, "floor": scaled.floor}, ScaledLinear(scaled))
     product = nn.Sequential(copied_linear(linear, dtype), copied_norm(norm, dtype))
     return FoldedLinear(config, product)
 
@@ -292,12 +278,6 @@ def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) ->
             f"cannot fold {found[0]} of {name}: {found[1]}; merge adapters, remove hooks and call "
             "eval() before folding"
         )
-
-
-def folds_for_triton(weight: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether weights of ``dtype`` on the device of ``weight`` run on the kernels."""
-    dtype = weight.dtype if dtype is None else dtype
-    return dtype != torch.float64 and ops.runs_triton(weight.new_empty(0, dtype=dtype))
 
 
 def copied(weights: Scaled, dtype: torch.dtype) -> Scaled:

@@ -156,7 +156,6 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         *,
         dtype: torch.dtype | None = None,
         form: str | None = None,
-        triton: bool | None = None,
     ) -> FoldedResampler:
         """As :func:`visproj.fold`."""
         check_foldable(self, FoldedAria, _READS)

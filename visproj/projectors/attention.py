@@ -206,9 +206,8 @@ class AttentionResampler(MultiheadResampler):
         dtype: torch.dtype | None = None,
         grid: Grid | None = None,
         form: str | None = None,
-        triton: bool | None = None,
     ) -> FoldedResampler:
-        """As :func:`visproj.fold`; both forms are the same whatever ``triton`` says."""
+        """As :func:`visproj.fold`."""
         bare = isinstance(self.kv_proj, nn.Identity)
         normalised: Reads = {"kv_proj": nn.Identity, **_NORM} if bare else _NORMALISED
         reads = {**normalised, **_QUERIES, **_ATTENTION, **self._reads()}

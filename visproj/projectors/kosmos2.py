@@ -128,7 +128,6 @@ class Kosmos2Projection(Kosmos2Calls):
         *,
         dtype: torch.dtype | None = None,
         form: str | None = None,
-        triton: bool | None = None,
     ) -> FoldedResampler:
         """As :func:`visproj.fold`; it must be in eval mode, where its dropout is off."""
         check_foldable(self, FoldedKosmos2, _READS)

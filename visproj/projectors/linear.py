@@ -52,12 +52,12 @@ class LinearProjector(nn.Sequential):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fold(self, *, dtype: torch.dtype | None = None, triton: bool | None = None) -> FoldedLinear:
+    def fold(self, *, dtype: torch.dtype | None = None) -> FoldedLinear:
         """As :func:`visproj.fold`."""
         if len(self) != 2:
             raise InputError(f"cannot fold LinearProjector: it has {len(self)} children, not 2")
         check_foldable(self, LinearProjector, _READS)
-        folded = fold_linear(self, dtype, triton)
+        folded = fold_linear(self, dtype)
         folded.config["digest"] = weights_digest(self)
         return folded
 

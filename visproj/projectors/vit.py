@@ -80,13 +80,13 @@ class ViTProjector(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fold(self, *, dtype: torch.dtype | None = None, triton: bool | None = None) -> FoldedViT:
+    def fold(self, *, dtype: torch.dtype | None = None) -> FoldedViT:
         """As :func:`visproj.fold`."""
         check_foldable(self, ViTProjector, {**_LAYER, **_TAIL})
         layer = self.vis_layer
         if layer.self_attn.training and layer.self_attn.dropout:
             raise InputError("cannot fold vis_layer.self_attn: its dropout is active; call eval()")
-        tail = fold_linear(self.projection, dtype, triton)
+        tail = fold_linear(self.projection, dtype)
         vision = VisionConfig(
             hidden_size=self.vis_dim,
             intermediate_size=layer.mlp.fc1.out_features,
