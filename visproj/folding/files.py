@@ -130,9 +130,11 @@ def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
     if older and isinstance(config, dict) and "form" in wanted and "out_eps" in config:
         config = {"form": "keys", "eps": None, "separable": False, **config}
         del config["out_eps"]
-    if "floor" not in wanted and isinstance(config, dict) and config.keys() == wanted | {"floor"}:
-        if config.pop("floor") is not None:
-            raise InputError("it holds a form of Linear and LayerNorm that is no more: fold again")
+    scaled = (
+        isinstance(config, dict) and "floor" not in wanted and config.keys() == {*wanted, "floor"}
+    )
+    if scaled and config.pop("floor") is not None:
+        raise InputError("it holds a form of Linear and LayerNorm that is no more: fold again")
     if not isinstance(config, dict) or config.keys() != wanted:
         names = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InputError(f"its configuration has the entries {names}, not {sorted(wanted)}")
