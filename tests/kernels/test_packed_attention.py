@@ -35,14 +35,25 @@ def separately(q, kv):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("dtype", cases(["fp32", "bf16"], ["fp16"]))
 def test_equal_to_each_image_by_itself(style, dtype, tiles, device):
-    """To the bit, with one configuration; the queries' gradient is summed in another order."""
+    """To the bit, with one configuration; the queries' gradient is summed in another order.
+
+    A GPU runs two programs, in which the compiler fuses other products with the sums they go to.
+    """
     styles = tiles(style)
     q, kv = operands(DTYPES[dtype], device)
     got, wanted = packed(q, kv), separately(q, kv)
-    assert torch.equal(got, wanted)
+    fused = dtype == "fp32" and device.type == "cuda"
+
+    def equal(a, b):
+        # A rounding in each of some 8 rescalings and sums over tiles of keys.
+        if fused:
+            return (a - b).abs().max() <= 8 * torch.finfo(a.dtype).eps * b.abs().max()
+        return torch.equal(a, b)
+
+    assert equal(got, wanted)
     upstream = random(*got.shape, dtype=DTYPES[dtype], device=device)
     mine, theirs = (torch.autograd.grad(out, (q, kv), upstream) for out in (got, wanted))
-    assert torch.equal(mine[1], theirs[1])
+    assert equal(mine[1], theirs[1])
     # Five gradients, each of them rounded before they are added.
     bound = 5 * torch.finfo(DTYPES[dtype]).eps
     largest = sum(t.abs().max() for t in theirs[:1])

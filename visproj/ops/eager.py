@@ -165,23 +165,27 @@ def cross_attention(
     mask = dead = None
     if attn_mask is not None or key_padding_mask is not None:
         mask, dead = merge_masks(attn_mask, key_padding_mask, batch, heads, q.dtype)
-    q, k, v = map(_in_sixteens, (q, k, v))
+    on_gpu = k.is_cuda and not torch.compiler.is_compiling()
+    if on_gpu:
+        q, k, v = map(_in_sixteens, (q, k, v))
     queries, keys, values = (t.transpose(-3, -2).expand(batch, -1, -1, -1) for t in (q, k, v))
     if heads == 0:  # for which SDPA on a GPU fails in backward
         return (queries @ keys.transpose(-1, -2) @ values).transpose(1, 2)
+    if on_gpu and mask is not None and mask.requires_grad and not queries.requires_grad:
+        queries = queries.detach().requires_grad_()  # else SDPA keeps no statistics for backward
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    if on_gpu and out.requires_grad:
+        out.register_hook(_in_sixteens)
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
     return out.transpose(1, 2)
 
 
 def _in_sixteens(tensor: Tensor) -> Tensor:
-    """Return a GPU's tensor so that all its rows begin at multiples of 16 bytes.
+    """Return a tensor all of whose rows begin at multiples of 16 bytes.
 
-    FlashAttention reads 16 bytes at a time and SDPA does not look whether it may.
+    FlashAttention on a GPU reads 16 bytes at a time and SDPA does not look whether it may.
     """
-    if not tensor.is_cuda or torch.compiler.is_compiling():
-        return tensor
     steps = tensor.storage_offset(), *tensor.stride()[:-1]
     aligned = all(step * tensor.element_size() % 16 == 0 for step in steps)
     return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
