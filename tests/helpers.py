@@ -109,3 +109,6 @@ class Recorder(Progress):
     def advance(self, note=""):
         self.advances.append(len(self.stages))
         self.notes.append(note)
+
+    def note(self, text):
+        self.notes.append(text)

@@ -11,12 +11,13 @@ from transformers import CLIPVisionConfig
 
 from visproj import __version__, cli, info
 from visproj.backend import BACKENDS
+from visproj.cli import choices
 from visproj.errors import BackendError, InputError, MissingPackageError, NotFiniteError
 from visproj.files import DTYPES
 from visproj.projectors import KINDS
 from visproj.qwen_vl.extract import FORMATS
 from visproj.vlm import chat, demo
-from visproj.vlm.loop import TrainingSettings
+from visproj.vlm.engine import TrainingSettings
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_an_answer_ends_with_its_line(run, monkeypatch, error):
         ("--learning-rate", "0", "positive"),
         ("--learning-rate", "inf", "positive"),
         ("--seed", "-1", "at least 0"),
-        ("--seed", str(2**63), "less than 2**63"),
+        ("--seed", str(2**32), "less than 2**32"),
     ],
 )
 def test_options_of_training_are_checked_at_once(run, tmp_path, monkeypatch, option, value, wanted):
@@ -226,11 +227,11 @@ def test_options_of_training_are_checked_at_once(run, tmp_path, monkeypatch, opt
 
 
 def test_choices_are_those_of_the_modules():
-    assert [kind.value for kind in cli.Kind] == list(KINDS)
-    assert [backend.value for backend in cli.Backend] == list(BACKENDS)
-    assert [dtype.value for dtype in cli.StoredDtype] == list(DTYPES)
-    assert [format.value for format in cli.Format] == list(FORMATS)
-    for dtype in cli.TrainingDtype:
+    assert [kind.value for kind in choices.Kind] == list(KINDS)
+    assert [backend.value for backend in choices.Backend] == list(BACKENDS)
+    assert [dtype.value for dtype in choices.StoredDtype] == list(DTYPES)
+    assert [format.value for format in choices.Format] == list(FORMATS)
+    for dtype in choices.TrainingDtype:
         TrainingSettings(dtype=dtype.value)
 
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "visproj": ("visproj.cli", "visproj.errors"),
     "visproj extract": ("visproj.qwen_vl",),
     "visproj demo": ("visproj.vlm.demo",),
-    "visproj train": ("visproj.vlm.training", "visproj.vlm.loop", "visproj.vlm.progress"),
+    "visproj train": ("visproj.vlm.training", "visproj.vlm.trainer", "visproj.vlm.preparing"),
     "visproj chat": ("visproj.vlm.chat",),
 }
 EXTRA = {"visproj demo": "demo", "visproj train": "train", "visproj chat": "train"}
@@ -47,7 +47,7 @@ INDIRECT = {
     "import-linter": "tests/test_layers.py starts it",
     "pytest_benchmark": "the fixture `benchmark`",
     "skimage": "its photographs are read as files",
-    "tensorboard": "torch.utils.tensorboard",
+    "tensorboard": "transformers' Trainer writes its log with it",
     "xdist": "pytest -n",
 }
 

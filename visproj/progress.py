@@ -20,6 +20,9 @@ class Progress:
     def advance(self, note: str = "") -> None:
         """Finish one step of the stage; ``note`` is shown beside it."""
 
+    def note(self, text: str) -> None:
+        """Say something that stays."""
+
 
 SILENT = Progress()
 
@@ -88,6 +91,10 @@ class ConsoleProgress(Progress):
         """Finish one step of the stage."""
         self._bars.update(self._task, advance=1, note=note)
         self._print_line(at_once=bool(note) and self._bars.tasks[-1].finished)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _print_line(self, at_once: bool = False) -> None:
         """Print the state of the task in a plain line, unless one was printed just now."""

@@ -275,7 +275,7 @@ def _load_pretrained(path: Path, device: torch.device, dtype: torch.dtype | None
         )
     check_folder(folder)
     config = read_json_object(folder / CONFIG_NAME)
-    names = ("kind", "vision", "lang_dim", "query_grid")
+    names = ("kind", "vision", "lang_dim", "query_grid", "has_cls")
     try:
         with torch.device("meta"):
             projector = build_configured(*(config.get(name) for name in names))
@@ -286,7 +286,9 @@ def _load_pretrained(path: Path, device: torch.device, dtype: torch.dtype | None
     return projector.eval()
 
 
-def build_configured(kind: Any, vision: Any, lang_dim: Any, query_grid: Any) -> nn.Module:
+def build_configured(
+    kind: Any, vision: Any, lang_dim: Any, query_grid: Any, has_cls: Any = None
+) -> nn.Module:
     """Build the projector that a :class:`visproj.PretrainedProjector`'s configuration describes."""
     if not isinstance(vision, Mapping):
         raise TypeError(
@@ -294,6 +296,8 @@ def build_configured(kind: Any, vision: Any, lang_dim: Any, query_grid: Any) -> 
             f"{type(vision).__name__}"
         )
     options: dict[str, Any] = {} if query_grid is None else {"query_grid": tuple(query_grid)}
+    if kind == "perceiver" and has_cls is not None:
+        options["has_cls"] = has_cls
     return build_projector(kind, SimpleNamespace(**vision), lang_dim, **options)
 
 

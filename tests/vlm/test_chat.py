@@ -7,6 +7,7 @@ from helpers import Recorder
 from PIL import Image
 from vlm.tiny import (
     PROMPT,
+    WIDTH,
     TinyEncoder,
     tiny_language_model,
     tiny_model,
@@ -28,6 +29,8 @@ from visproj.vlm.chat import (
 )
 from visproj.vlm.encoders import OfflineEncoder
 from visproj.vlm.language import NAME
+from visproj.vlm.model import VisualLanguageModel
+from visproj.vlm.pretrained import PretrainedProjector
 
 KINDS = ("baseline", "vit", "perceiver")
 
@@ -327,10 +330,27 @@ def by_generate(model, image, count):
     return out.sequences[0].tolist(), torch.stack(rows)
 
 
+class BareEncoder(TinyEncoder):
+    has_cls = False
+
+    def encode(self, pixels):
+        return super().encode(pixels)[:, 1:]
+
+
+def bare_model(kind):
+    eye = BareEncoder()
+    described = kind, vars(eye.config), WIDTH, eye.name, "tiny-llama", PROMPT
+    torch.manual_seed(0)
+    projector = PretrainedProjector(*described, has_cls=False)
+    return VisualLanguageModel(eye, projector, tiny_language_model(), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("has_cls", [True, False], ids=["CLS", "no CLS"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_is_that_of_the_steps_of_generate(kind):
-    model, image = tiny_model(kind).eval(), tiny_photograph()
-    ids, steps = by_generate(tiny_model(kind), image, 8)
+def test_attention_is_that_of_the_steps_of_generate(kind, has_cls):
+    build = tiny_model if has_cls else bare_model
+    model, image = build(kind).eval(), tiny_photograph()
+    ids, steps = by_generate(build(kind).eval(), image, 8)
     features = model.features([image])
     begin = model.prompt_ids(PROMPT).index(model.image_token_id)
     with torch.no_grad():
@@ -338,7 +358,7 @@ def test_attention_is_that_of_the_steps_of_generate(kind):
             _, maps = model.projector(features, return_attention=True)
             want = steps[:, begin : begin + 256] @ maps[0].mean(0)
         else:
-            want = steps[:, begin + 1 : begin + 17]
+            want = steps[:, begin + has_cls : begin + has_cls + 16]
     want = want / want.sum(1, keepdim=True)
     got = attention_to_patches(model, features, PROMPT, ids)
     assert got.shape == (len(ids), 16)
@@ -438,8 +458,7 @@ def test_tokens_join_to_words(pieces, words, of):
 def test_picture_is_written(loaded, run, out, photo, tmp_path, kind):
     tiny_projector(kind).save_pretrained(out / "projector")
     picture = tmp_path / "attention.PNG"
-    arguments = ["--projector", out, "--image", photo, "--attention", picture]
-    status, _, stderr = run(*arguments)
+    status, _, stderr = run("--projector", out, "--image", photo, "--attention", picture)
     assert (status, stderr) == (0, "")
     with Image.open(picture) as image:
         assert image.format == "PNG"
@@ -475,7 +494,6 @@ def test_help_names_every_option(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     status, stdout, _ = run("--help")
     assert status == 0
-    for option in ("projector", "image", "prompt", "encoder", "language-model"):
-        assert f"--{option}" in stdout
-    for option in ("attention", "max-new-tokens", "backend"):
+    options = "projector image prompt interactive encoder language-model attention backend"
+    for option in (*options.split(), "max-new-tokens"):
         assert f"--{option}" in stdout

@@ -173,9 +173,10 @@ def test_a_context_that_is_too_short(case):
     message += f"into the 48 that .* reads: there is room for an answer of {room}$"
 
     fits, long = "c" * (room - 1), "c" * room
-    assert torch.isfinite(model(features, [prompt], [[fits]]))
+    seen = model.read(features, [prompt])
+    assert torch.isfinite(model.answer_log_probs(seen, [[fits]])[0]).all()
     with pytest.raises(InputError, match=message):
-        model(features, [prompt], [[long]])
+        model.answer_log_probs(seen, [[long]])
     for options in ({"max_new_tokens": room}, {"max_length": 48}):
         assert len(model.generate([image], [prompt], do_sample=False, **options)) == 1
     for options in (

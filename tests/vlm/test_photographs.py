@@ -1,5 +1,4 @@
 import gc
-import json
 import logging
 import struct
 import warnings
@@ -14,10 +13,10 @@ from PIL import Image
 from vlm.tiny import TinyEncoder
 
 from visproj.errors import InputError
-from visproj.vlm.captions import load_captions
-from visproj.vlm.features import FeatureCache
+from visproj.vlm.features import encode_images
+from visproj.vlm.loading import PictureReader
 from visproj.vlm.photographs import Images, load_photographs, read_rgb
-from visproj.vlm.views import training_views
+from visproj.vlm.views import training_view
 
 
 def pixels(path):
@@ -180,22 +179,22 @@ class WatchingEncoder(TinyEncoder):
 def test_one_photograph_is_in_memory_at_a_time(tmp_path, use):
     """A photograph, and while it is trained on one view of it, beside the encoder's crops."""
     width, height, count, views = 200, 300, 5, 4
-    encoder, lines = WatchingEncoder(), []
+    encoder = WatchingEncoder()
     for number in range(count):
         Image.new("RGB", (width, height)).save(tmp_path / f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "caption": "black"}))
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    cache, before = FeatureCache(encoder), live_pixels()
+    files, before = sorted(tmp_path.glob("*.png")), live_pixels()
     if use == "train":
-        for photograph in load_captions(tmp_path):
-            cache(training_views(photograph.image, views, 0))
-        most = 3 * width * height
+        read = PictureReader(encoder)
+        for file in files:
+            for view in range(views):
+                read(file, lambda image, view=view: training_view(image, view, 0), "")
+        least, most = width * width, 2 * width * height
     else:
-        cache(Images(load_photographs(sorted(tmp_path.glob("*.png")))))
-        most = 2 * width * height
+        encode_images(encoder, Images(load_photographs(files)))
+        least, most = width * height, 2 * width * height
     assert len(encoder.seen) == count * (views if use == "train" else 1)
     crops = max(views, count) * encoder.config.image_size**2
-    assert width * height <= max(encoder.seen) - before <= most + crops
+    assert least <= max(encoder.seen) - before <= most + crops
 
 
 @pytest.mark.parametrize(
@@ -245,8 +244,24 @@ def test_what_is_no_image_is_named(tmp_path):
             load_photographs([path])
 
 
+@pytest.mark.parametrize("format", ["png", "jpeg", "gif", "bmp", "tiff", "webp"])
+def test_the_content_of_a_file_is_as_good(tmp_path, format):
+    content = saved(NOISE, format, exif=exif(TURN))
+    (tmp_path / "a").write_bytes(content)
+    image = read_rgb(content)
+    assert (image.mode, image.size) == ("RGB", read_rgb(tmp_path / "a").size)
+    assert image.tobytes() == read_rgb(tmp_path / "a").tobytes()
+    half = content[: len(content) // 2]
+    with pytest.raises(
+        InputError, match=f"^cannot read an image of {len(half)} bytes as an image: "
+    ):
+        read_rgb(half)
+
+
 def test_deep_pixels_are_refused_not_clipped(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((2, 2), 40_000, dtype=np.uint16)).save(path)
     with pytest.raises(ValueError, match=r"deep\.png has pixels of mode I;16"):
         load_photographs([path])
+    with pytest.raises(InputError, match=r"^an image of \d+ bytes has pixels of mode I;16"):
+        read_rgb(path.read_bytes())

@@ -110,6 +110,7 @@ def test_files(folder):
         "prompt": PROMPT,
         "query_grid": None,
         "encoder_digest": None,
+        "has_cls": True,
     }
     assert "library_name: visproj" in (folder / "README.md").read_text()
     modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in FILES}

@@ -11,26 +11,34 @@ from visproj.vlm.training import peak_mib
 
 def rendered(report):
     console = Console(file=StringIO(), width=100)
-    console.print(render_report(report, "perceiver"))
+    console.print(render_report(report))
     return " ".join(console.file.getvalue().split())
 
 
 def test_the_printed_report():
     text = rendered(REPORT)
     for part in (
-        "perceiver projector",
-        "held-out views 3, 48, 18 ",
-        "trained parameters 2,240 ",
+        "baseline projector",
+        "training samples, optimiser steps 48, 6 ",
+        "trained parameters, dtype 2,240, float32 ",
         "untrained 4.000 ",
         "trained 1.000 (-75.0 %) ",
         "best of 6 captions is the photograph's own 75.0 % ",
         "permuted 25.0 % ",
         "by chance 12.5 to 50.0 % ",
         "peak memory 1234 MiB",
-        "2.0 minutes: loading 1 s, encoding 20 s, training 90 s, scoring 9 s",
+        "2.0 minutes: loading 1 s, reading 20 s, training 90 s, scoring 9 s",
     ):
         assert part in text
     assert "trained 5.000 (+25.0 %) " in rendered(replace(REPORT, trained_loss=5.0))
+
+
+def test_what_was_not_measured():
+    bare = replace(REPORT, samples=None, untrained_loss=None, trained_loss=None, retrieval=None)
+    text = rendered(bare)
+    assert "optimiser steps a stream, 6" in text
+    assert "loss of held-out answers none are held out" in text
+    assert "captions" not in text
 
 
 def test_a_system_that_does_not_say_the_memory(monkeypatch):

@@ -9,7 +9,7 @@ from vlm.tiny import PROMPT, tiny_model
 
 from visproj.errors import InputError
 from visproj.vlm import scoring
-from visproj.vlm.scoring import caption_loss, caption_scores, own_loss, retrieval
+from visproj.vlm.scoring import caption_scores, retrieval
 
 # The third is longer than the prompt, the last is one token and the end of text.
 CAPTIONS = [
@@ -107,63 +107,23 @@ def test_progress_counts_views(model, views):
     assert len(progress.advances) == 6
 
 
-def test_own_loss_is_caption_loss(model, views):
-    scores, lengths = caption_scores(model, views, CAPTIONS, PROMPT)
-    want = caption_loss(model, views, CAPTIONS, PROMPT)
-    # The same fp32 log-probabilities in other batches, averaged over hundreds of tokens.
-    assert own_loss(scores, lengths, VIEWS_OF, CAPTIONS_OF) == pytest.approx(want, rel=1e-5)
-
-
-def test_caption_loss_is_a_mean_over_tokens(model, views):
-    pairs = [
-        alone(model, view, caption)
-        for features, own in zip(views, CAPTIONS, strict=True)
-        for view in features
-        for caption in own
-    ]
-    total, tokens = map(sum, zip(*pairs, strict=True))
-    want = -total / tokens
-    assert caption_loss(model, views, CAPTIONS, PROMPT) == pytest.approx(want, rel=1e-5)
-    # A mean over captions would be another number.
-    assert abs(want + sum(score / count for score, count in pairs) / len(pairs)) > 0.01
-
-
 def test_photographs_and_captions_have_to_be_as_many(model, views):
-    for score in (caption_loss, caption_scores):
-        with pytest.raises(InputError, match="views of 3 photographs, captions of 2"):
-            score(model, views, CAPTIONS[:2], PROMPT)
-        with pytest.raises(InputError, match="captions of a photograph must be a list of texts"):
-            score(model, views, ["a cat", *CAPTIONS[1:]], PROMPT)
+    with pytest.raises(InputError, match="views of 3 photographs, captions of 2"):
+        caption_scores(model, views, CAPTIONS[:2], PROMPT)
+    with pytest.raises(InputError, match="captions of a photograph must be a list of texts"):
+        caption_scores(model, views, ["a cat", *CAPTIONS[1:]], PROMPT)
 
 
 def test_nothing_to_score(model, views):
     nothing, unanswered = [torch.zeros(0, 17, 32)] * 3, [[]] * 3
-    for given in (([], []), (nothing, CAPTIONS), (views, unanswered)):
-        with pytest.raises(InputError, match="no captions to score"):
-            caption_loss(model, *given, PROMPT)
     scores, lengths = caption_scores(model, nothing, CAPTIONS, PROMPT)
     assert scores.shape == (0, 6)
     assert lengths.tolist() == caption_scores(model, views, CAPTIONS, PROMPT)[1].tolist()
     scores, lengths = caption_scores(model, views, unanswered, PROMPT)
     assert (scores.shape, lengths.shape) == ((6, 0), (0,))
     none = torch.zeros(0, dtype=torch.long)
-    for score in (own_loss, lambda *given: retrieval(*given, seed=0)):
-        with pytest.raises(InputError, match="to score"):
-            score(scores, lengths, VIEWS_OF, none)
-
-
-def test_a_photograph_without_views_changes_nothing(model, views):
-    want = caption_loss(model, views, CAPTIONS, PROMPT)
-    more = [*views, torch.zeros(0, 17, 32)], [*CAPTIONS, ["unseen"]]
-    assert caption_loss(model, *more, PROMPT) == want
-
-
-def test_own_loss_by_hand():
-    scores = torch.tensor([[-1.0, -2.0, -99.0], [-99.0, -99.0, -5.0], [-99.0, -99.0, -7.0]])
-    lengths, owners = torch.tensor([1, 2, 4]), torch.tensor([0, 0, 1])
-    # Photograph 0 has one view and captions of 1 and 2 tokens, photograph 1 two views and one of 4.
-    got = own_loss(scores, lengths, torch.tensor([0, 1, 1]), owners)
-    assert got == pytest.approx((1 + 2 + 5 + 7) / (3 + 4 + 4), rel=1e-6)
+    with pytest.raises(InputError, match="to score"):
+        retrieval(scores, lengths, VIEWS_OF, none, seed=0)
 
 
 def found(picked, view_of, caption_of, seed=0):

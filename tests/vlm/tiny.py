@@ -14,7 +14,7 @@ WIDTH = 64  # of the language model; a Perceiver of it has one head
 PROMPT = "What is this?"
 END = "<|end|>"
 TEMPLATE = (
-    "{% for turn in messages %}<|user|>{{ turn['content'] }}<|end|>{% endfor %}"
+    "{% for turn in messages %}<|{{ turn['role'] }}|>{{ turn['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 MERGES = ["Ġ a", "Ġ c", "a t", "Ġc at", "o g", "d og", "r e", "re d"]
@@ -96,7 +96,7 @@ def tiny_projector(kind="baseline", encoder=None, width=WIDTH, seed=0):
     return projector.eval()
 
 
-def tiny_model(kind="baseline", cache_dir=None, template=TEMPLATE):
+def tiny_model(kind="baseline", template=TEMPLATE):
     """All of it together."""
     encoder = TinyEncoder()
     return VisualLanguageModel(
@@ -104,7 +104,6 @@ def tiny_model(kind="baseline", cache_dir=None, template=TEMPLATE):
         tiny_projector(kind, encoder),
         tiny_language_model(),
         tiny_tokenizer(template),
-        cache_dir=cache_dir,
     )
 
 

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from visproj.errors import InputError
 from visproj.progress import SILENT, Progress
+from visproj.vlm.conversation import Answer, Conversation, ConversationFullError, check_prompt
 from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, cropped_notes, load_encoder
 from visproj.vlm.figures import answer_attention_figure, save_figure
-from visproj.vlm.language import IMAGE_TOKEN, NAME, load_language_model
+from visproj.vlm.language import NAME, load_language_model
 from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
 from visproj.vlm.photographs import Images, Photograph, load_photographs
 from visproj.vlm.pretrained import PretrainedProjector, find_projector, load_pretrained
 
 logger = logging.getLogger("visproj")
+
+PROMPT = "you> "
+HELP = """\
+/image PATH  show an image with the next question; repeat for more
+/clear       forget the conversation and its images
+/help        list these commands
+/quit        end, as the end of the input does
+Anything else is a question; <image> in it places an image. Ctrl-C ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -31,68 +43,29 @@ class ChatOptions:
 
     Attributes:
         projector: The checkpoint's directory, or the ``--out`` of ``visproj train`` around it.
-        images: Image files, all of them for one answer.
-        prompt: What is asked; ``None`` is what the projector was trained with.
-        encoder: CLIP or DINOv2 model; ``None`` is the one the projector was trained with.
+        images: Image files, all of them for one answer; in a conversation for the first one.
+        prompt: What is asked; ``None`` is what the projector was trained with. In a conversation
+            the first question, ``None`` if that is read as well.
+        encoder: CLIP, SigLIP or DINOv2 model; ``None`` is the one the projector was trained with.
         language_model: Name on the hub, directory or GGUF file; ``None`` as for ``encoder``.
         attention: PNG of where the model looked; ``None`` draws none.
         max_new_tokens: The longest answer.
+        interactive: Whether it is a conversation although there are images or a prompt.
     """
 
     projector: Path
-    images: Sequence[Path]
+    images: Sequence[Path] = ()
     prompt: str | None = None
     encoder: str | None = None
     language_model: str | None = None
     attention: Path | None = None
     max_new_tokens: int = 64
-
-
-class Answer(BaseStreamer):
-    """What ``generate`` writes, handed on token by token, characters whole.
-
-    Args:
-        tokenizer: Turns ids into text.
-        write: Called with each new piece of text.
-
-    Attributes:
-        ids: The tokens so far.
-        pieces: What each of them added to the text; empty for a special token and for a part of a
-            character.
-    """
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None] = lambda piece: None) -> None:
-        self.ids: list[int] = []
-        self.pieces: list[str] = []
-        self._tokenizer = tokenizer
-        self._write = write
+    interactive: bool = False
 
     @property
-    def text(self) -> str:
-        """All pieces together."""
-        return "".join(self.pieces)
-
-    def put(self, value: Tensor) -> None:
-        """Take new tokens; the first call's are the prompt's, none where embeddings came in."""
-        for token in value.flatten().tolist():
-            self.ids.append(token)
-            # Bytes of an unfinished character decode to U+FFFD, until the rest of them is in.
-            self.pieces.append(self._new().rstrip("\ufffd"))
-            self._write(self.pieces[-1])
-
-    def end(self) -> None:
-        """Hand on what is left of a character that was never finished."""
-        if self.ids:
-            rest = self._new()
-            self.pieces[-1] += rest
-            self._write(rest)
-
-    def _new(self) -> str:
-        """What the tokens so far add to the text so far."""
-        text = self._tokenizer.decode(
-            self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text[len(self.text) :]
+    def is_conversation(self) -> bool:
+        """Whether questions are read one after the other; otherwise there is one question."""
+        return self.interactive or (not self.images and self.prompt is None)
 
 
 def run_chat(
@@ -101,7 +74,7 @@ def run_chat(
     write: Callable[[str], None] = lambda piece: None,
     progress: Progress = SILENT,
 ) -> str:
-    """Answer a prompt about photographs, greedily.
+    """Answer one prompt about photographs, greedily, or a prompt without any.
 
     Whatever can be refused is refused before the language model is loaded, but for its width.
 
@@ -121,25 +94,15 @@ def run_chat(
         ConnectionError, ModuleNotFoundError: A model or package is missing.
     """
     check_backend()
-    if not options.images:
+    if not options.images and options.prompt is None:
         raise InputError("there is no image to chat about")
-    if options.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
-    if options.attention is not None:
-        _check_picture(options.attention, len(options.images))
+    _check_options(options)
     projector = load_pretrained(find_projector(options.projector))
-    photographs = load_photographs(options.images)
+    photographs = _photographs(options.images)
     images = Images(photographs)
     prompt = projector.prompt if options.prompt is None else options.prompt
-    _check_prompt(prompt, len(images))
-    progress.stage("loading the vision encoder")
-    encoder = load_encoder(_named(options.encoder, projector.encoder, OfflineEncoder.name))
-    projector.check_encoder(encoder)
-    for note in cropped_notes(encoder, photographs):
-        logger.warning(note)
-    progress.stage("loading the language model")
-    name = _named(options.language_model, projector.language_model, NAME)
-    model = _assemble(encoder, projector, name)
+    check_prompt(prompt, len(images))
+    model = _load(options, projector, photographs, progress)
 
     progress.stage("reading the images")
     answer = Answer(model.tokenizer, write)
@@ -157,8 +120,178 @@ def run_chat(
     return answer.text
 
 
+def run_conversation(
+    options: ChatOptions,
+    *,
+    read: Callable[[], str | None],
+    write: Callable[[str], None] = lambda piece: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = SILENT,
+) -> None:
+    """Answer questions and follow commands, line by line, until the lines end.
+
+    Args:
+        options: Checkpoint, models, and what comes before the lines: images and a prompt.
+        read: Returns the next line, ``None`` at the end.
+        write: Called with every piece of an answer as it is written, and with a line feed after it.
+        say: Called with everything else, such as why a question cannot be answered.
+        progress: Receives each stage of loading.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C while a line is read; during an answer it ends the answer.
+        FileNotFoundError, ValueError, ConnectionError, ModuleNotFoundError: As :func:`run_chat`,
+            before the first question.
+    """
+    check_backend()
+    if options.attention is not None:
+        raise InputError("the attention is drawn for one answer, not for a conversation")
+    _check_options(options)
+    projector = load_pretrained(find_projector(options.projector))
+    photographs = _photographs(options.images)
+    if options.prompt is not None:
+        check_prompt(options.prompt, len(photographs))
+    model = _load(options, projector, photographs, progress)
+    lines = _Lines(model, write, say, options.max_new_tokens)
+    lines.images = [photograph.image for photograph in photographs]
+    if _is_terminal():
+        say("/help lists the commands, /quit ends")
+    if options.prompt is not None:
+        progress.stage("reading the images")
+        lines.ask(options.prompt)
+    while (line := read()) is not None and lines.take(line.strip()):
+        pass
+
+
+class _Lines:
+    """What the lines of a conversation do: questions, and commands that begin with a slash.
+
+    Attributes:
+        images: Those for the next question.
+    """
+
+    def __init__(
+        self,
+        model: VisualLanguageModel,
+        write: Callable[[str], None],
+        say: Callable[[str], None],
+        max_new_tokens: int,
+    ) -> None:
+        self.images: list[Image.Image] = []
+        self._conversation = Conversation(model)
+        self._write = write
+        self._say = say
+        self._max_new_tokens = max_new_tokens
+
+    def take(self, line: str) -> bool:
+        """Follow a line and return whether the conversation goes on."""
+        command, *rest = line.split(maxsplit=1) or [""]
+        if command == "/quit":
+            return False
+        if command == "/image":
+            self.attach(*rest)
+        elif command == "/clear":
+            self._conversation.clear()
+            self.images = []
+            self._say("the conversation and its images are forgotten")
+        elif command == "/help":
+            self._say(HELP)
+        elif command.startswith("/"):
+            self._say(f"unknown command {command}: /help lists the commands")
+        elif line:
+            self.ask(line)
+        return True
+
+    def attach(self, name: str = "") -> None:
+        """Keep an image for the next question, or say why it cannot be read."""
+        if not name:
+            self._say("/image needs a file: /image PATH")
+            return
+        path = Path(os.path.expanduser(name.strip("'\"")))  # a dragged file comes in quotes
+        try:
+            (photograph,) = load_photographs([path])
+            image = photograph.image
+        except (InputError, OSError) as error:
+            self._say(" ".join(str(error).split()))
+            return
+        _note_crops(self._conversation.model.encoder, [photograph])
+        self.images.append(image)
+        self._say(f"{path.name} is shown with the next question")
+
+    def ask(self, question: str) -> None:
+        """Write the answer. The images stay for the next question unless there is one."""
+        longest = self._max_new_tokens
+        try:
+            self._conversation.ask(question, self.images, max_new_tokens=longest, write=self._write)
+        except KeyboardInterrupt:
+            self._write("\n")
+            self._say("stopped: the question and what was answered are forgotten")
+        except ConversationFullError as error:
+            self._say(f"{error}; /clear begins a new one")
+        except InputError as error:
+            self._say(" ".join(str(error).split()))
+        else:
+            self._write("\n")
+            self.images = []
+
+
+def read_line() -> str | None:
+    """Return the next line of stdin, ``None`` at its end; a terminal shows where to write."""
+    if sys.stdin is None:  # closed
+        return None
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":
+        sys.stdin.reconfigure(errors="replace")
+    is_terminal = _is_terminal()
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  # editing and earlier lines
+    try:
+        return input(PROMPT if is_terminal else "")
+    except (EOFError, KeyboardInterrupt) as end:
+        if is_terminal:
+            print()
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return None
+
+
+def _is_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def _check_options(options: ChatOptions) -> None:
+    if options.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
+    if options.attention is not None:
+        _check_picture(options.attention, len(options.images))
+
+
+def _photographs(paths: Sequence[Path]) -> list[Photograph]:
+    return load_photographs(paths) if paths else []  # of no paths it makes examples
+
+
+def _note_crops(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> None:
+    for note in cropped_notes(encoder, photographs):
+        logger.warning(note)
+
+
+def _load(
+    options: ChatOptions,
+    projector: PretrainedProjector,
+    photographs: Sequence[Photograph],
+    progress: Progress,
+) -> VisualLanguageModel:
+    """Load both models, the encoder first; it may not be the projector's."""
+    progress.stage("loading the vision encoder")
+    encoder = load_encoder(_named(options.encoder, projector.encoder, OfflineEncoder.name))
+    projector.check_encoder(encoder)
+    _note_crops(encoder, photographs)
+    progress.stage("loading the language model")
+    name = _named(options.language_model, projector.language_model, NAME)
+    return _assemble(encoder, projector, name)
+
+
 def _check_picture(path: Path, images: int) -> None:
-    if images > 1:
+    if images != 1:
         raise InputError(f"the attention is drawn over one image, not over {images}")
     if path.suffix.lower() != ".png":
         raise InputError(f"the picture of the attention is a PNG, call it .png, not {path.name}")
@@ -166,14 +299,6 @@ def _check_picture(path: Path, images: int) -> None:
         raise FileNotFoundError(f"no such folder for the picture of the attention: {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"the picture of the attention cannot be written: {path}")
-
-
-def _check_prompt(prompt: str, images: int) -> None:
-    found = prompt.count(IMAGE_TOKEN)
-    if found not in (0, images):
-        raise InputError(
-            f"{IMAGE_TOKEN} is in the prompt {found} times, the number of images is {images}"
-        )
 
 
 def _named(given: str | None, trained_with: str, offline: str) -> str | None:
@@ -198,12 +323,12 @@ def attention_to_patches(
 
     The language model's attention to the visual tokens is taken at the position that each token was
     predicted from, averaged over layers and heads and normalised. A Perceiver's own attention, the
-    mean over its heads, carries it on to the patches; the other projectors have a token a patch,
-    and their CLS token is left out.
+    mean over its heads, carries it on to the patches. The other projectors have one token per
+    patch. The CLS token is left out if the encoder has one.
 
     Args:
         model: Whose projector is a :class:`~visproj.vlm.pretrained.PretrainedProjector`.
-        features: ``[1, 1 + S, C]``, of one image.
+        features: ``[1, 1 + S, C]``, of one image; ``[1, S, C]`` without a CLS token.
         prompt: What was asked.
         ids: ``T`` tokens of the answer.
 
@@ -217,11 +342,14 @@ def attention_to_patches(
     begin = model.prompt_ids(prompt).index(model.image_token_id)
     count = sequence.inputs_embeds.shape[1] - len(model.prompt_ids(prompt)) + 1
     seen = _attention(model.language_model, sequence.inputs_embeds, ids)[:, begin : begin + count]
-    if model.projector.kind == "perceiver":
-        dtype = next(model.projector.parameters()).dtype
-        _, maps = model.projector(features.to(model.device, dtype), return_attention=True)
+    projector = cast(PretrainedProjector, model.projector)
+    has_cls = model.encoder.has_cls
+    if projector.kind == "perceiver":
+        dtype = next(projector.parameters()).dtype
+        _, maps = projector(features.to(model.device, dtype), return_attention=True)
         seen = seen @ maps[0].float().mean(0)  # [T, Q] @ [Q, S]
-    else:
+        has_cls = has_cls and not projector.module.has_cls  # the Perceiver dropped it
+    if has_cls:
         seen = seen[:, 1:]
     return (seen / seen.sum(1, keepdim=True)).cpu()
 

@@ -101,7 +101,7 @@ def _try(language_model: Any) -> tuple[Any, Tensor, Tensor]:
 
 def _continues(language_model: Any) -> bool:
     """Return whether answers after a shared cache are those after whole sequences."""
-    if not _takes(language_model, "position_ids"):
+    if not takes(language_model, "position_ids"):
         return False
     table = language_model.get_input_embeddings()
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=table.weight.device) % table.weight.shape[0]
@@ -128,7 +128,8 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return bool(distance > largest * torch.finfo(second.dtype).eps ** 0.5)
 
 
-def _takes(language_model: Any, argument: str) -> bool:
+def takes(language_model: Any, argument: str) -> bool:
+    """Return whether the model's forward has a parameter of this name."""
     return argument in inspect.signature(language_model.forward).parameters
 
 
@@ -184,14 +185,14 @@ def read_prefix(language_model: Any, sequence: VisualSequence, shares_cache: boo
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
-        **_last_logits(language_model, 1),
+        **last_logits(language_model, 1),
     )
     return Prefix(embeds, mask, out.past_key_values, out.logits[:, -1:], lengths)
 
 
-def _last_logits(language_model: Any, count: int) -> dict[str, int]:
+def last_logits(language_model: Any, count: int) -> dict[str, int]:
     """The argument that spares a model the logits before the last ``count``, where it has it."""
-    return {"logits_to_keep": count} if _takes(language_model, "logits_to_keep") else {}
+    return {"logits_to_keep": count} if takes(language_model, "logits_to_keep") else {}
 
 
 def answer_logits(
@@ -238,7 +239,7 @@ def _logits_from_start(
         inputs_embeds=embeds,
         attention_mask=attended,
         use_cache=False,
-        **_last_logits(language_model, kept),
+        **last_logits(language_model, kept),
     ).logits[:, -kept:]
     offsets = torch.tensor(lengths, device=ids.device)[:, None] - min(lengths)
     where = offsets + torch.arange(ids.shape[1], device=ids.device)  # [B * A, T]

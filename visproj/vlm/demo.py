@@ -102,8 +102,8 @@ def run_demo(
     check_writable(out)
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise InputError(f"unknown kind {unknown[0]!r}, choose from {', '.join(KINDS)}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed must be at least 0 and less than 2**63, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be at least 0 and less than 2**32, got {seed}")
     if prompt.count(IMAGE_TOKEN) > 1:
         raise InputError(f"the prompt {prompt!r} has more than one {IMAGE_TOKEN}")
     if IMAGE_TOKEN not in prompt:

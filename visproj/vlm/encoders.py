@@ -1,10 +1,9 @@
-"""Vision encoders with one face: photographs in, ``[N, 1 + S, C]`` features out, CLS first."""
+"""Vision encoders with one face: photographs in, features ``[N, tokens, C]`` out."""
 
 import hashlib
-import re
-import textwrap
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
 from visproj.errors import InputError
-from visproj.files import check_weight_files, read_json_object
-from visproj.qwen_vl.config import MODEL_TYPE
+from visproj.files import check_weight_files
+from visproj.qwen_vl.config import MODEL_TYPE, QwenVisionConfig, preprocessor_settings
+from visproj.qwen_vl.model import QwenVisionTransformer
 from visproj.vlm.bundled import bundled_file
 from visproj.vlm.photographs import Photograph
 from visproj.vlm.preprocessing import FILE, Preprocessing, read_preprocessing
+from visproj.vlm.transformers_encoder import (
+    FAMILIES,
+    check_json,
+    check_loaded,
+    load,
+    vision_config,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,11 +54,25 @@ class EncoderConfig:
 
 
 class VisionEncoder(ABC):
-    """A frozen vision transformer that sees a square crop of each photograph."""
+    """A frozen vision transformer that sees each photograph as a square.
+
+    Attributes:
+        name: The directory or hub id, or what the offline encoder is called.
+        config: Its sizes and the mean and deviation of its pixels.
+        has_cls: Whether token 0 of the features is a CLS token.
+        whole: Whether the whole photograph is resized to the square, its sides each by a factor of
+            its own; otherwise the shorter side is resized and the centre cut out.
+        resize: The shorter side in pixels before the centre is cut out, the longer one rounded down
+            and the centre placed on whole pixels, as transformers does; ``None`` cuts out the
+            largest square in the middle and rounds nothing.
+        resample: How it is resized.
+    """
 
     name: str
     config: EncoderConfig
-    resize: int | None = None  # shorter side in pixels before the crop; None means the crop's
+    has_cls: bool = True
+    whole: bool = False
+    resize: int | None = None
     resample = Image.Resampling.BICUBIC
 
     @property
@@ -65,15 +87,24 @@ class VisionEncoder(ABC):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches, ``h * w = S``."""
+        """Rows and columns of the tokens beside CLS, ``h * w = S``."""
         side = self.config.image_size // self.config.patch_size
         return side, side
 
+    @property
+    def tokens(self) -> int:
+        """Features per image: ``S``, and one more with a CLS token."""
+        return self.has_cls + math.prod(self.grid)
+
     def crop(self, image: Image.Image) -> Image.Image:
-        """The pixels the encoder sees: shorter side resized, centre cut out."""
+        """The square of ``image_size`` pixels that the encoder sees of an image."""
         side = self.config.image_size
-        margin = (1 - side / (self.resize or side)) / 2
-        return ImageOps.fit(image, (side, side), self.resample, bleed=margin)
+        if self.whole:
+            return image.resize((side, side), self.resample)
+        if self.resize is None:
+            return ImageOps.fit(image, (side, side), self.resample)
+        box = middle(image.size, self.resize, side)
+        return image.resize((side, side), self.resample, box)
 
     def seen_part(self, size: tuple[int, int]) -> float:
         """Part of an image's area that :meth:`crop` keeps, from 0 to 1.
@@ -81,6 +112,8 @@ class VisionEncoder(ABC):
         Args:
             size: Width and height of the image.
         """
+        if self.whole:
+            return 1.0
         side = self.config.image_size
         return (side / (self.resize or side)) ** 2 * min(size) / max(size)
 
@@ -97,9 +130,36 @@ class VisionEncoder(ABC):
         mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         return ((torch.from_numpy(values) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "VisionEncoder":
+        """Move the model to a device, for :meth:`encode` to compute there.
+
+        Args:
+            device: Where to. The offline encoder stays on the CPU.
+            dtype: What floating-point type to cast the weights to; ``None`` leaves them as they
+                are, fp32 after loading.
+
+        Returns:
+            This encoder.
+
+        Raises:
+            ValueError: ``dtype`` is not floating point.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"an encoder's dtype must be floating point, got {dtype}")
+        return self
+
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features fp32 ``[N, 1 + S, C]`` of ``preprocess``'s pixels, token 0 is CLS."""
+        """Features of ``preprocess``'s pixels, without gradients.
+
+        Args:
+            pixels: fp32 ``[N, 3, image_size, image_size]`` on any device.
+
+        Returns:
+            fp32 ``[N, tokens, hidden_size]`` on the model's device (the offline encoder's: on that
+            of the pixels). Token 0 is CLS if the encoder has one; the others are ``grid``'s, row by
+            row.
+        """
 
 
 class OfflineEncoder(VisionEncoder):
@@ -135,8 +195,8 @@ class OfflineEncoder(VisionEncoder):
         )
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        (features,) = self._session.run(None, {self.PIXELS: pixels.numpy()})
-        return torch.from_numpy(features)
+        (features,) = self._session.run(None, {self.PIXELS: pixels.detach().cpu().numpy()})
+        return torch.from_numpy(features).to(pixels.device)
 
 
 def cut_graph(path: Path, source: str, target: str) -> bytes:
@@ -159,57 +219,17 @@ def cut_graph(path: Path, source: str, target: str) -> bytes:
     return onnx.utils.Extractor(model).extract_model([source], [target]).SerializeToString()
 
 
-class TransformersEncoder(VisionEncoder):
-    """A CLIP or DINOv2 vision model loaded by transformers from a directory or a model hub.
+class ModuleEncoder(VisionEncoder):
+    """An encoder whose model is a PyTorch module, in fp32 on the CPU until :meth:`to` moves it."""
 
-    Raises:
-        ConnectionError: There is no such directory and the hub did not give the model.
-        ValueError: The directory lacks a file or a weight, or holds another kind of model.
-    """
-
-    def __init__(self, id_or_dir: str) -> None:
-        from transformers import AutoConfig, CLIPVisionModel, Dinov2Model, ImageProcessingMixin
-
-        folder = Path(id_or_dir)
-        # Without this, transformers 4 guesses the kind of model from the folder's name.
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise InputError(f"the encoder directory {id_or_dir} has no config.json")
-        if _check_json(folder, "config.json").get("model_type") == MODEL_TYPE:
-            raise InputError(
-                f"encoder {id_or_dir} is the vision encoder of a Qwen-VL, not a CLIP or DINOv2 "
-                "model: QwenVisionTransformer loads it"
-            )
-        loaded = _load(AutoConfig.from_pretrained, id_or_dir, trust_remote_code=False)
-        config = getattr(loaded, "vision_config", loaded)
-        families: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "dinov2": Dinov2Model}
-        if config.model_type not in families:
-            raise InputError(
-                f"encoder {id_or_dir} is a {config.model_type} model, not a CLIP or DINOv2 one"
-            )
-        _check_json(folder, FILE)
-        if folder.is_dir():
-            if not any((folder / name).is_file() for name in (FILE, "processor_config.json")):
-                raise InputError(f"the encoder directory {id_or_dir} has no {FILE}")
-            check_weight_files(folder)
-        recipe, _ = _load(ImageProcessingMixin.get_image_processor_dict, id_or_dir)
-        self.name = id_or_dir
-        wanted = read_preprocessing(recipe, id_or_dir, config.image_size)
-        self.config = _describe(config, wanted, id_or_dir)
-        self.resize, self.resample = wanted.resize, wanted.resample
-        self._model, report = _load(
-            families[config.model_type].from_pretrained,
-            id_or_dir,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
-        _check_loaded(report, id_or_dir)
-        self._model.eval()
+    _model: nn.Module
 
     @property
     def identity(self) -> str:
-        """Also the digest of a few weights: a directory may hold another model by now."""
-        return f"{super().identity} {self.weights_digest}"
+        """Also the digest of a few weights, and what they were cast to if that is not fp32."""
+        dtype = self._weight.dtype
+        cast = "" if dtype == torch.float32 else f" {dtype}"
+        return f"{super().identity} {self.weights_digest}{cast}"
 
     @cached_property
     def weights_digest(self) -> str:
@@ -222,69 +242,185 @@ class TransformersEncoder(VisionEncoder):
             parts.append(digest.digest())
         return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
+    @property
+    def _weight(self) -> nn.Parameter:
+        return next(self._model.parameters())
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> VisionEncoder:
+        super().to(device, dtype)
+        _ = self.weights_digest  # taken before a cast changes the numbers
+        self._model.to(device=device, dtype=dtype)
+        return self
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._model(pixels).last_hidden_state
+        weight = self._weight
+        return self._features(pixels.to(weight.device, weight.dtype)).float()
+
+    @abstractmethod
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Of :meth:`encode`, with pixels and features in the device and dtype of the weights."""
 
 
-def _check_json(folder: Path, name: str) -> dict[str, Any]:
-    """What a JSON file of an encoder directory holds; nothing if there is no such file.
+class TransformersEncoder(ModuleEncoder):
+    """A CLIP, SigLIP or DINOv2 vision model loaded by transformers from a directory or a model hub.
 
-    transformers goes on where there is something else than an object, and fails elsewhere.
+    Of a whole CLIP or SigLIP model its vision part is loaded. SigLIP 2 of a fixed resolution is of
+    the SigLIP kind. SigLIP has no CLS token, and its pooling head is left out. The register tokens
+    of a DINOv2 with registers are dropped from the features.
+
+    Raises:
+        ConnectionError: There is no such directory and the hub did not give the model.
+        ValueError: The directory lacks a file or a weight, or holds another kind of model.
     """
-    if not (folder / name).is_file():
-        return {}
-    try:
-        return read_json_object(folder / name)
-    except InputError as error:
-        raise InputError(f"cannot load the encoder directory {folder}: {error}") from error
+
+    def __init__(self, id_or_dir: str) -> None:
+        import transformers
+
+        folder = Path(id_or_dir)
+        config = vision_config(id_or_dir)
+        check_json(folder, FILE)
+        if folder.is_dir():
+            if not any((folder / name).is_file() for name in (FILE, "processor_config.json")):
+                raise InputError(f"the encoder directory {id_or_dir} has no {FILE}")
+            check_weight_files(folder)
+        is_siglip = config.model_type == "siglip_vision_model"
+        self.name = id_or_dir
+        self.has_cls = not is_siglip
+        recipe, _ = load(transformers.ImageProcessingMixin.get_image_processor_dict, id_or_dir)
+        wanted = read_preprocessing(recipe, id_or_dir, config.image_size, crops=not is_siglip)
+        self.config = _describe(config, wanted, id_or_dir)
+        self.whole, self.resize, self.resample = wanted.whole, wanted.resize, wanted.resample
+        self._registers = getattr(config, "num_register_tokens", 0)
+        options = {}
+        if is_siglip:
+            config.vision_use_head = False
+            options["config"] = config
+        self._model, report = load(
+            getattr(transformers, FAMILIES[config.model_type]).from_pretrained,
+            id_or_dir,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **options,
+        )
+        check_loaded(report, id_or_dir)
+        self._model.eval()
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        features = self._model(pixels).last_hidden_state
+        if not self._registers:
+            return features
+        return torch.cat([features[:, :1], features[:, 1 + self._registers :]], dim=1)
 
 
-def _check_loaded(report: dict[str, Any], name: str) -> None:
-    """Raise ``InputError`` unless the weights are those of the model that config.json describes."""
-    # Weights beside the vision model (text model, heads) are not wanted, further layers of it are.
-    left = [
-        key
-        for key in report["unexpected_keys"]
-        if re.search(r"\blayers?\.\d", key) and not key.startswith("text_model.")
-    ]
-    # Names in transformers 4, with both shapes in 5.
-    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    for keys, what in (
-        (report["missing_keys"], "lacks the weights"),
-        (mismatched, "has other shapes in config.json than of"),
-        (left, "has more layers than config.json says:"),
-    ):
-        if keys:
-            shown = sorted(keys)
-            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-            raise InputError(f"encoder {name} {what} {', '.join(shown[:4])}{more}")
+class QwenEncoder(ModuleEncoder):
+    """The vision encoder of a Qwen-VL, from a directory that ``visproj extract`` wrote.
+
+    Its features are the ``n_queries`` tokens of its resampler, which form a square grid of their
+    own. There is no CLS token. Pixels are made as ``preprocessor_config.json`` says; without that
+    file as Qwen-VL makes them: the whole image is resized to the square.
+
+    Raises:
+        ValueError: The directory lacks a file or a weight, or holds something else.
+    """
+
+    has_cls = False
+
+    def __init__(self, directory: str) -> None:
+        folder = Path(directory)
+        model = QwenVisionConfig.from_pretrained(folder)
+        recipe = check_json(folder, FILE) if (folder / FILE).is_file() else _whole_image(model)
+        wanted = read_preprocessing(recipe, directory, model.image_size)
+        if wanted.crop % model.patch_size:
+            raise InputError(
+                f"{FILE} of the encoder {directory}: {wanted.setting} is {wanted.crop}, not a "
+                f"multiple of the model's patch_size {model.patch_size}"
+            )
+        self.name = directory
+        self.config = EncoderConfig(
+            hidden_size=model.output_dim,
+            num_attention_heads=model.heads,
+            intermediate_size=model.mlp_width,
+            hidden_act="gelu",
+            layer_norm_eps=model.layer_norm_eps,
+            attention_dropout=0.0,
+            image_size=wanted.crop,
+            patch_size=model.patch_size,
+            mean=wanted.mean,
+            std=wanted.std,
+        )
+        self.whole, self.resize, self.resample = wanted.whole, wanted.resize, wanted.resample
+        self._side = math.isqrt(model.n_queries)
+        check_weight_files(folder)
+        try:
+            self._model = QwenVisionTransformer.from_pretrained(folder, dtype=torch.float32)
+        except FileNotFoundError as error:
+            raise InputError(f"cannot load the encoder directory {directory}: {error}") from error
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the resampler's queries."""
+        return self._side, self._side
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._model(pixels)
+
+
+def _whole_image(model: QwenVisionConfig) -> dict[str, Any]:
+    """Qwen-VL's own preprocessing.
+
+    Source: Bai et al. 2023, ``visual.py`` of Qwen-VL-Chat.
+    """
+    side = model.image_size
+    square = {"do_center_crop": False, "size": {"height": side, "width": side}}
+    return {**preprocessor_settings(model), **square}
+
+
+def middle(size: tuple[int, int], resize: int, side: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom edge of what a resized image's centre shows, in image pixels.
+
+    Only this part is resized: of a long and narrow image the whole may not fit into memory.
+
+    Args:
+        size: Width and height of the image.
+        resize: Its shorter side after resizing; the longer one is rounded down.
+        side: Side of the centre, whose corner is rounded down to a whole pixel.
+    """
+    short = min(size)
+    resized = [resize * length // short for length in size]
+    start = [(length - side) // 2 for length in resized]
+    scale = [length / new for length, new in zip(size, resized, strict=True)]
+    left, top = (first * factor for first, factor in zip(start, scale, strict=True))
+    ends = [(first + side) * factor for first, factor in zip(start, scale, strict=True)]
+    right, bottom = map(min, ends, size)  # not beyond the image by rounding
+    return left, top, right, bottom
 
 
 def _describe(config: Any, wanted: Preprocessing, name: str) -> EncoderConfig:
-    """One description out of the two families' configs and the image processor's settings."""
-    is_clip = config.model_type == "clip_vision_model"
+    """One description out of the families' configs and the image processor's settings."""
+    is_dinov2 = config.model_type.startswith("dinov2")
     patch = config.patch_size
     if type(patch) is not int or not 0 < patch <= wanted.crop or config.num_channels != 3:
         raise InputError(
             f"config.json of the encoder {name}: patch_size is {patch} and num_channels "
             f"{config.num_channels}, wanted square patches of 3 channels in images of {wanted.crop}"
         )
-    if is_clip and wanted.crop != config.image_size:
+    if not is_dinov2 and wanted.crop != config.image_size:
         raise InputError(
-            f"{FILE} of the encoder {name}: crop_size is {wanted.crop}, the model's image_size is "
-            f"{config.image_size}"
+            f"{FILE} of the encoder {name}: {wanted.setting} is {wanted.crop}, the model's "
+            f"image_size is {config.image_size}"
         )
     return EncoderConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=(
-            config.intermediate_size if is_clip else int(config.hidden_size * config.mlp_ratio)
+            int(config.hidden_size * config.mlp_ratio) if is_dinov2 else config.intermediate_size
         ),
         hidden_act=config.hidden_act,
         layer_norm_eps=config.layer_norm_eps,
         attention_dropout=(
-            config.attention_dropout if is_clip else config.attention_probs_dropout_prob
+            config.attention_probs_dropout_prob if is_dinov2 else config.attention_dropout
         ),
         image_size=wanted.crop,
         patch_size=patch,
@@ -293,30 +429,21 @@ def _describe(config: Any, wanted: Preprocessing, name: str) -> EncoderConfig:
     )
 
 
-def _load(loader: Callable[..., Any], id_or_dir: str, **options: Any) -> Any:
-    """Call a ``from_pretrained`` and put its many-line errors into one line."""
-    try:
-        return loader(id_or_dir, **options)
-    except Exception as error:  # whatever transformers makes of what is in the files
-        text = repr(error) if isinstance(error, KeyError) else str(error) or repr(error)
-        reason = textwrap.shorten(text, 200, placeholder=" ...")
-        if Path(id_or_dir).is_dir():
-            raise InputError(f"cannot load the encoder directory {id_or_dir}: {reason}") from error
-        if not isinstance(error, OSError):
-            raise InputError(f"cannot load the encoder {id_or_dir}: {reason}") from error
-        raise ConnectionError(
-            f"no directory {id_or_dir}, and the model hub did not give it: pass the directory of "
-            f"a downloaded model, or leave out --encoder for the offline one ({reason})"
-        ) from error
-
-
 def load_encoder(id_or_dir: str | None = None) -> VisionEncoder:
-    """The CLIP or DINOv2 model called ``id_or_dir``, or the offline encoder when it is None.
+    """Load a vision encoder in fp32 on the CPU.
+
+    Args:
+        id_or_dir: A directory or hub id of a CLIP, SigLIP or DINOv2 model; a directory that
+            ``visproj extract`` wrote; ``None`` is the offline encoder.
 
     Raises:
-        ConnectionError, ValueError, ModuleNotFoundError: As the two classes say.
+        ConnectionError, ValueError, ModuleNotFoundError: As the three classes say.
     """
-    return OfflineEncoder() if id_or_dir is None else TransformersEncoder(id_or_dir)
+    if id_or_dir is None:
+        return OfflineEncoder()
+    if check_json(Path(id_or_dir), "config.json").get("model_type") == MODEL_TYPE:
+        return QwenEncoder(id_or_dir)
+    return TransformersEncoder(id_or_dir)
 
 
 def cropped_notes(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> list[str]:

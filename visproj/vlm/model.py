@@ -1,16 +1,18 @@
-"""A frozen vision encoder and a frozen language model, with a projector to train between them."""
+"""A frozen vision encoder, a projector to train and a frozen language model."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from visproj.backend import runs_triton
 from visproj.errors import InputError
@@ -25,8 +27,10 @@ from visproj.vlm.decoding import (
     token_log_probs,
 )
 from visproj.vlm.encoders import VisionEncoder
-from visproj.vlm.features import FeatureCache
-from visproj.vlm.prompts import PromptTokenizer, check_texts, end_of_text_ids
+from visproj.vlm.features import encode_images
+from visproj.vlm.language import IMAGE_TOKEN, embedding_shape
+from visproj.vlm.objective import answer_losses
+from visproj.vlm.prompts import Dialogue, PromptTokenizer, check_texts, end_of_text_ids
 
 
 class VisualLanguageModel(nn.Module):
@@ -40,13 +44,14 @@ class VisualLanguageModel(nn.Module):
     answers cannot share the language model's cache (Mamba, RWKV, LFM2), every answer is computed
     with its whole sequence, which takes longer and gives the same numbers.
 
+    The state dict holds the projector and nothing that is frozen.
+
     Args:
         encoder: The frozen encoder, whose features are ``[N, 1 + S, C]``.
         projector: ``[N, 1 + S, C] -> [N, K, D]``, such as :func:`visproj.build_projector` gives.
         language_model: A transformers causal language model of width ``D``; is frozen.
         tokenizer: Its tokenizer; gets ``<image>`` as a special token if it has none, and the
             model's end of text if it names none.
-        cache_dir: Folder that keeps the encoder's features; ``None`` computes them each time.
 
     Raises:
         InputError: The encoder's width is not the projector's, or the projector's is not the
@@ -54,31 +59,33 @@ class VisualLanguageModel(nn.Module):
             be used; the message says why.
     """
 
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+
     def __init__(
         self,
         encoder: VisionEncoder,
         projector: nn.Module,
         language_model: Any,
         tokenizer: Any,
-        *,
-        cache_dir: Path | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.language_model = language_model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.features = FeatureCache(encoder, cache_dir)
         self.tokens_per_image = self._check_widths()
         self._prompts = PromptTokenizer(tokenizer, language_model)
-        self._shares_cache = check_language_model(language_model)
+        is_partitioned = hasattr(language_model.get_input_embeddings().weight, "ds_id")
+        # Weights that ZeRO-3 has partitioned cannot be tried before its engine holds the model.
+        self._shares_cache = not is_partitioned and check_language_model(language_model)
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_ignore_frozen)
 
     def _check_widths(self) -> int:
         """Visual tokens of an image."""
-        tokens = 1 + self.encoder.grid[0] * self.encoder.grid[1]
         with torch.no_grad():
-            visual = self.project(torch.zeros(1, tokens, self.encoder.config.hidden_size))
-        wanted = self.language_model.get_input_embeddings().weight.shape[1]
+            visual = self.project(self.no_features(1))
+        wanted = embedding_shape(self.language_model)[1]
         if visual.shape[-1] != wanted:
             raise InputError(
                 f"the projector's tokens are {visual.shape[-1]} wide, the language model's "
@@ -86,11 +93,31 @@ class VisualLanguageModel(nn.Module):
             )
         return visual.shape[1]
 
+    def features(self, images: Iterable[Image.Image]) -> Tensor:
+        """Features fp32 ``[N, S, C]`` of RGB images."""
+        return encode_images(self.encoder, images)
+
+    def no_features(self, images: int = 0) -> Tensor:
+        """Zeros in the place of an encoder's features, ``[images, S, C]``."""
+        return torch.zeros(images, self.encoder.tokens, self.encoder.config.hidden_size)
+
     def train(self, mode: bool = True) -> VisualLanguageModel:
         """Set the projector's mode; the language model stays in eval mode."""
         super().train(mode)
         self.language_model.eval()
         return self
+
+    def checkpoint_activations(self) -> None:
+        """Compute the decoder layers' activations again in the backward pass.
+
+        transformers' own switch acts in training mode alone, and the frozen model stays in eval.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        apply_activation_checkpointing(
+            self.language_model, check_fn=lambda m: isinstance(m, GradientCheckpointingLayer)
+        )
+        self.language_model.eval()
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +128,11 @@ class VisualLanguageModel(nn.Module):
     def image_token_id(self) -> int:
         """Id of ``<image>``."""
         return self._prompts.image_token_id
+
+    @property
+    def tokens_digest(self) -> str:
+        """Digest of what decides the tokens of a sample: tokenizer, template, tokens per image."""
+        return f"{self._prompts.digest} {self.tokens_per_image}"
 
     @property
     def context_limit(self) -> int | None:
@@ -143,18 +175,44 @@ class VisualLanguageModel(nn.Module):
         ]
         if [] in rows:
             raise InputError(f"the prompt {prompts[rows.index([])]!r} has no tokens and no images")
-        ids, mask = _pad(rows, left=True)
+        ids, mask = pad_rows(rows, left=True)
+        return self.place(features, ids, mask, counts, left=True)
+
+    def place(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        images_per_sample: Sequence[int],
+        labels: Tensor | None = None,
+        *,
+        left: bool = False,
+    ) -> VisualSequence:
+        """Embed token ids ``[B, T]`` and put the projected images in the places of ``<image>``.
+
+        Args:
+            features: ``[N, S, C]``, the images of all rows in order.
+            ids: Token ids; every ``<image>`` is one image.
+            mask: 0 at padding and positive elsewhere.
+            images_per_sample: ``B`` counts that add up to ``N``.
+            labels: As :func:`insert_visual_tokens` takes them.
+            left: Whether rows are padded on the left, as ``generate`` needs it.
+        """
         ids, mask = ids.to(self.device), mask.to(self.device)
         # <image> may lie after the last row of the table; what stands there is replaced anyway.
         text = self.language_model.get_input_embeddings()(ids.masked_fill(self._is_image(ids), 0))
+        # Every process has to run the projector, also one whose samples have no image.
+        visual = self.project(features if len(features) else self.no_features(1))
+        text = text + 0 * visual.sum().to(text.dtype) if not len(features) else text
         return insert_visual_tokens(
             text,
             ids,
-            self.project(features),
-            counts,
+            visual[: len(features)],
+            images_per_sample,
             self.image_token_id,
             attention_mask=mask,
-            padding_side="left",
+            labels=None if labels is None else labels.to(self.device),
+            padding_side="left" if left else "right",
         )
 
     def _is_image(self, ids: Tensor) -> Tensor:
@@ -164,18 +222,22 @@ class VisualLanguageModel(nn.Module):
         """Token ids of a prompt up to where the answer begins."""
         return self._prompts.prompt_ids(prompt, images)
 
-    def check_answer(self, prompt: str, answer: str, images: int = 1) -> None:
-        """Raise if the language model cannot be trained to answer a prompt like this.
+    def dialogue(
+        self, questions: Sequence[str], answers: Sequence[Sequence[str]], images: int = 1
+    ) -> Dialogue:
+        """Tokens of questions and answers; arguments as :meth:`PromptTokenizer.dialogue`.
 
         Raises:
-            InputError: The answer has ``<image>`` in it or no tokens, or does not fit after the
-                images and the prompt.
+            InputError: An answer has ``<image>`` in it or no tokens, there are other numbers of
+                ``<image>`` and images, or the template cannot be used for several turns.
         """
-        ids = self.answer_ids(answer)
-        if len(ids) == 1:
-            raise InputError("it has no tokens")
-        before = len(self.prompt_ids(prompt, images)) + images * (self.tokens_per_image - 1)
-        check_context(self.context_limit, before, len(ids))
+        dialogue = self._prompts.dialogue(questions, answers, images)
+        found = dialogue.ids.count(self.image_token_id)
+        if found != images:
+            raise InputError(f"{found} of {IMAGE_TOKEN} in the text of {images} images")
+        if any(len(self.answer_ids(text)) == 1 for texts in answers for text in texts):
+            raise InputError("an answer has no tokens")
+        return dialogue
 
     def read(
         self,
@@ -213,7 +275,7 @@ class VisualLanguageModel(nn.Module):
         before = [length for length in prefix.lengths for _ in range(count)]
         for length, row in zip(before, rows, strict=True):
             check_context(self.context_limit, length, len(row))
-        ids, mask = (padded.to(self.device) for padded in _pad(rows, left=False))
+        ids, mask = (padded.to(self.device) for padded in pad_rows(rows, left=False))
         log_probs = torch.zeros(ids.shape, device=self.device)
         if rows:
             logits = answer_logits(self.language_model, prefix, ids, mask, count)
@@ -232,25 +294,34 @@ class VisualLanguageModel(nn.Module):
     def forward(
         self,
         features: Tensor,
-        prompts: Sequence[str],
-        answers: Sequence[Sequence[str]],
-        images_per_sample: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Mean negative log-likelihood per token of the answers, given images and prompts.
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        images_per_sample: Sequence[int],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the negative log-likelihood of the answers in a batch of dialogues.
 
-        The images and the prompt of a sample pass through the language model once, however many
-        answers it has, if those can share its cache. Arguments and errors as :meth:`compose` and
-        :meth:`answer_log_probs`.
+        ``loss = sum of losses / num_items_in_batch``, over answer tokens.
 
-        Raises:
-            InputError: There are no answers.
+        Args:
+            features: ``[N, S, C]``, the images of all samples in order.
+            input_ids: Int64 ``[B, T]``; every ``<image>`` is one image.
+            attention_mask: Int64 ``[B, T]``: 0 at padding, elsewhere the branch of
+                :class:`~visproj.vlm.prompts.Dialogue`.
+            labels: Int64 ``[B, T]``: ids of answer tokens, -100 elsewhere.
+            images_per_sample: ``B`` counts that add up to ``N``.
+            num_items_in_batch: Answer tokens over all batches of the optimiser step and all
+                processes; those of this batch if ``None``.
+
+        Returns:
+            ``loss``, fp32 scalar; ``losses``, fp32 ``[B]``, sums in nats; ``tokens``, int64
+            ``[B]``, numbers of answer tokens.
         """
-        log_probs, lengths = self.answer_log_probs(
-            self.read(features, prompts, images_per_sample), answers
-        )
-        if not log_probs.numel():
-            raise InputError("there are no answers to compute a loss of")
-        return -log_probs.sum() / lengths.sum()
+        sequence = self.place(features, input_ids, attention_mask, images_per_sample, labels)
+        losses, tokens = answer_losses(self.language_model, sequence)
+        count = tokens.sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": losses.sum() / count, "losses": losses, "tokens": tokens}
 
     @torch.inference_mode()
     def generate(
@@ -329,6 +400,20 @@ def check_backend() -> None:
         raise InputError(str(error)) from error
 
 
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if _is_frozen(key)]:
+        del state[key]
+
+
+def _ignore_frozen(module: nn.Module, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not _is_frozen(key)]
+
+
+def _is_frozen(key: str) -> bool:
+    return "language_model" in key.split(".")
+
+
 def _counts(
     prompts: Sequence[str], images_per_sample: Sequence[int] | None, images: int
 ) -> list[int]:
@@ -354,8 +439,8 @@ def _answers_per_sample(answers: Sequence[Sequence[str]], samples: int) -> int:
     return counts[0] if counts else 0
 
 
-def _pad(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids ``[B, T]``, zero at padding, and their mask."""
+def pad_rows(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Return ids ``[B, T]``, zero at padding, and their mask."""
     longest = max(map(len, rows), default=0)
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for row, row_mask, tokens in zip(ids, mask, rows, strict=True):

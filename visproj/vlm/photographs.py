@@ -4,6 +4,7 @@ A list of photographs holds their files: each is decoded when its image is asked
 the caller from then on, so that what is in memory does not grow with the list.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -96,36 +97,45 @@ def free_name(stem: str, taken: set[str]) -> str:
     return name
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """Decode all of an image file, upright, transparent parts on white.
+def read_rgb(source: Path | bytes) -> Image.Image:
+    """Decode all of an image, upright, transparent parts on white.
 
     Of the metadata, only the orientation is read, and metadata that is damaged is passed over.
 
+    Args:
+        source: An image file, or its content.
+
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The file is not an image, is damaged, or has more than 8 bits per channel.
+        InputError: The file is not an image, is damaged, or has more than 8 bits per channel.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no such image: {path}")
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), f"an image of {len(source)} bytes")
+    if not source.exists():
+        raise FileNotFoundError(f"no such image: {source}")
+    return _read(source, str(source))
+
+
+def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and of many pixels
-            return _decode(path)
+            return _decode(source, name)
     except InputError:
         raise
     except Exception as error:  # the decoders of damaged files raise anything
         reason = str(error) or type(error).__name__
-        raise InputError(f"cannot read {path} as an image: {reason}") from error
+        raise InputError(f"cannot read {name} as an image: {reason}") from error
 
 
-def _decode(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
+def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+    with Image.open(source) as opened:
         opened.load()
         image: Image.Image = opened
         # Pillow clips these to 255 where it converts them at all: a white picture and no error.
         if image.mode.startswith(("I", "F")):
             raise InputError(
-                f"{path} has pixels of mode {image.mode}, convert it to 8 bits per channel"
+                f"{name} has pixels of mode {image.mode}, convert it to 8 bits per channel"
             )
         turn = TURNS.get(_orientation(image))
         if turn is not None:

@@ -83,6 +83,7 @@ class PretrainedProjector(
         query_grid: Rows and columns of a Perceiver's queries; 16 by 16 when ``None``.
         encoder_digest: The encoder's :attr:`~visproj.vlm.encoders.VisionEncoder.weights_digest`,
             by which it is recognised wherever it is; ``None`` recognises it by its name.
+        has_cls: Whether the encoder's first token is a CLS token, which a Perceiver drops.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class PretrainedProjector(
         prompt: str,
         query_grid: Sequence[int] | None = None,
         encoder_digest: str | None = None,
+        has_cls: bool = True,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -105,11 +107,16 @@ class PretrainedProjector(
         self.prompt = prompt
         self.query_grid = query_grid
         self.encoder_digest = encoder_digest
-        self.module = build_configured(kind, vision, lang_dim, query_grid)
+        self.has_cls = has_cls
+        self.module = build_configured(kind, vision, lang_dim, query_grid, has_cls)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the projector's own."""
         return self.module(*args, **options)
+
+    def trained_parameters(self) -> int:
+        """Number of parameters that learn, over all processes."""
+        return sum(_size(parameter) for parameter in self.parameters() if parameter.requires_grad)
 
     def fold(self, **options: Any) -> nn.Module:
         """:func:`visproj.fold` of the projector."""
@@ -181,6 +188,7 @@ class PretrainedProjector(
             "prompt": self.prompt,
             "query_grid": self.query_grid,
             "encoder_digest": self.encoder_digest,
+            "has_cls": self.has_cls,
         }
 
     def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
@@ -189,7 +197,7 @@ class PretrainedProjector(
             "kind": self.kind,
             "vis_dim": self.vision["hidden_size"],
             "lang_dim": self.lang_dim,
-            "parameters": f"{sum(parameter.numel() for parameter in self.parameters()):,}",
+            "parameters": f"{sum(map(_size, self.parameters())):,}",
             "encoder": self._public(self.encoder),
             "image_size": self.vision["image_size"],
             "patch_size": self.vision["patch_size"],
@@ -208,7 +216,8 @@ class PretrainedProjector(
         refuse_folded("a PretrainedProjector's save_pretrained", self.module)
         if (description := describe(self.module)) is not None:
             with torch.device("meta"):
-                built = build_configured(self.kind, self.vision, self.lang_dim, self.query_grid)
+                arguments = self.kind, self.vision, self.lang_dim, self.query_grid, self.has_cls
+                built = build_configured(*arguments)
             check_described(built, description, "the configuration does not describe this module:")
         with whole_state(self.module) as state:
             write_state(save_directory / WEIGHTS_NAME, self.module, state)
@@ -299,6 +308,11 @@ def located(typed: str | None, name: str) -> str:
         name: The model's own name.
     """
     return name if typed is None or not Path(typed).exists() else str(Path(typed).resolve())
+
+
+def _size(parameter: Any) -> int:
+    """Elements of a parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _last_part(name: str) -> str:

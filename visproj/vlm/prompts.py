@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 
 from visproj.errors import InputError
-from visproj.vlm.language import IMAGE_TOKEN, one_line
+from visproj.vlm.compose import IGNORE_INDEX
+from visproj.vlm.language import IMAGE_TOKEN, embedding_shape, one_line
 
 SAMPLE = f"red {IMAGE_TOKEN} dog"
+
+
+class Dialogue(NamedTuple):
+    """Questions and answers as the tokens of one sequence, ``T`` of each.
+
+    Attributes:
+        ids: Token ids; every image is one ``<image>``.
+        labels: The ids of the answers, their ends of text included, and -100 elsewhere.
+        branches: 1 at what comes before the last answer, and 2, 3, ... at the alternatives of the
+            last answer, which follow one another and do not see each other.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    branches: list[int]
 
 
 class PromptTokenizer:
@@ -34,7 +51,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, language_model: Any) -> None:
         self.tokenizer = tokenizer
-        self._check_vocabulary(language_model.get_input_embeddings().weight.shape[0])
+        self._check_vocabulary(embedding_shape(language_model)[0])
         if IMAGE_TOKEN not in tokenizer.get_added_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False)], special_tokens=True)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -43,14 +60,87 @@ class PromptTokenizer:
         self._takes_parts = self._has_template and self._find_content()
         self._check_round_trip()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary, the chat template and the end of text."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        decisive = vocabulary, self.tokenizer.chat_template, self.tokenizer.eos_token
+        return hashlib.sha256(repr(decisive).encode("utf-8", "replace")).hexdigest()
+
     def prompt_ids(self, prompt: str, images: int = 1) -> list[int]:
         """Token ids of a prompt up to where the answer begins."""
-        if IMAGE_TOKEN not in prompt:
-            prompt = f"{IMAGE_TOKEN}\n" * images + prompt
-        if self._has_template:
-            return self._ids(self._render(prompt, self._takes_parts))
-        ids = self._ids(f"{prompt}\n")
-        return [*self._beginning(ids, f"{prompt}\n"), *ids]
+        (ids,) = self.question_ids([prompt], [], images)
+        return ids
+
+    def question_ids(
+        self, questions: Sequence[str], answers: Sequence[str], images: int = 1
+    ) -> list[list[int]]:
+        """Token ids before each answer: a question, and the template's text around it.
+
+        Args:
+            questions: ``Q`` of them, in turn with the answers.
+            answers: At least the first ``Q - 1``.
+            images: Number of images; they come before the first question unless ``<image>`` in a
+                question places them.
+
+        Raises:
+            InputError: The chat template changes earlier turns when further ones follow.
+        """
+        if not any(IMAGE_TOKEN in question for question in questions):
+            questions = [f"{IMAGE_TOKEN}\n" * images + questions[0], *questions[1:]]
+        if not self._has_template:
+            rows = [self._ids(f"{question}\n") for question in questions]
+            return [[*self._beginning(rows[0], f"{questions[0]}\n"), *rows[0]], *rows[1:]]
+        texts = []
+        before = ""
+        for turn in range(len(questions)):
+            rendered = self._render(questions[: turn + 1], answers[:turn], self._takes_parts)
+            texts.append(self._after(rendered, before, answers[turn - 1]) if turn else rendered)
+            before = rendered
+        return [self._ids(text) for text in texts]
+
+    def _after(self, rendered: str, before: str, answer: str) -> str:
+        """What follows an answer and its end of text, up to where the next answer begins."""
+        rest = rendered.removeprefix(before)
+        blank, found, after = rest.partition(answer)
+        if rest == rendered or not found or blank.strip():
+            raise InputError(
+                "the tokenizer's chat template changes earlier turns when further ones follow: "
+                "it cannot be used for several turns"
+            )
+        end = self.tokenizer.eos_token
+        return after.lstrip().removeprefix(end) if after.lstrip().startswith(end) else after
+
+    def dialogue(
+        self, questions: Sequence[str], answers: Sequence[Sequence[str]], images: int = 1
+    ) -> Dialogue:
+        """Tokens of a whole dialogue.
+
+        Args:
+            questions: ``Q`` of them.
+            answers: One to each question, of the last one any number of alternatives.
+            images: Number of images, as in :meth:`question_ids`.
+
+        Raises:
+            InputError: As :meth:`question_ids` and :meth:`answer_ids` say.
+        """
+        first = [alternatives[0] for alternatives in answers]
+        ids: list[int] = []
+        labels: list[int] = []
+        branches: list[int] = []
+
+        def append(row: list[int], row_labels: list[int], branch: int) -> None:
+            ids.extend(row)
+            labels.extend(row_labels)
+            branches.extend([branch] * len(row))
+
+        for turn, before in enumerate(self.question_ids(questions, first, images)):
+            append(before, [IGNORE_INDEX] * len(before), 1)
+            last = turn == len(questions) - 1
+            for number, alternative in enumerate(answers[turn]):
+                row = self.answer_ids(alternative)
+                append(row, row, number + 2 if last and len(answers[turn]) > 1 else 1)
+        return Dialogue(ids, labels, branches)
 
     def _beginning(self, ids: list[int], text: str) -> list[int]:
         """What the tokenizer puts before a text whose own ids are these."""
@@ -82,10 +172,20 @@ class PromptTokenizer:
             ids = ids[:-1]
         return ids
 
-    def _render(self, prompt: str, in_parts: bool) -> str:
-        content = [{"type": "text", "text": prompt}] if in_parts else prompt
+    def _render(self, questions: Sequence[str], answers: Sequence[str], in_parts: bool) -> str:
+        """The template's text of questions and answers in turn, up to where an answer begins."""
+        messages: list[dict[str, Any]] = []
+        for turn, question in enumerate(questions):
+            messages.append({"role": "user", "content": question})
+            if turn < len(answers):
+                messages.append({"role": "assistant", "content": answers[turn]})
+        if in_parts:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
+            ]
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
 
     def _find_content(self) -> bool:
@@ -93,7 +193,7 @@ class PromptTokenizer:
         reasons = []
         for in_parts in (False, True):
             try:
-                text = self._render(SAMPLE, in_parts)
+                text = self._render([SAMPLE], [], in_parts)
             except Exception as error:  # templates are programs
                 reasons.append(one_line(error))
                 continue

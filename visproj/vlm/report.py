@@ -6,27 +6,21 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from visproj.vlm.training import TrainingReport
+from visproj.vlm.options import TrainingReport
+from visproj.vlm.scoring import Retrieval
 
 
-def render_report(report: TrainingReport, kind: str) -> Group:
+def render_report(report: TrainingReport) -> Group:
     """The table at the end of a run."""
-    found = report.retrieval
-    change = report.trained_loss / report.untrained_loss - 1
-    low, high = (f"{100 * bound:.1f}" for bound in found.interval)
-    table = Table(title=f"{kind} projector", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("measured on held-out views")
+    table = Table(title=f"{report.kind} projector", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("measured on held-out samples")
     table.add_column("", justify="right")
+    samples = "a stream" if report.samples is None else f"{report.samples:,}"
     rows = {
-        "photographs, training views, held-out views": (
-            f"{report.photographs}, {report.training_views}, {found.views}"
-        ),
-        "trained parameters": f"{report.parameters:,}",
-        "loss of the captions, untrained": f"{report.untrained_loss:.3f}",
-        "loss of the captions, trained": f"{report.trained_loss:.3f} ({100 * change:+.1f} %)",
-        f"best of {found.captions} captions is the photograph's own": f"{100 * found.rate:.1f} %",
-        "the same with photographs permuted": f"{100 * found.control:.1f} %",
-        "95 % of such controls by chance": f"{low} to {high} %",
+        "training samples, optimiser steps": f"{samples}, {report.steps:,}",
+        "trained parameters, dtype": f"{report.parameters:,}, {report.dtype}",
+        **_losses(report),
+        **({} if report.retrieval is None else _retrieval(report.retrieval)),
     }
     if report.peak_mib is not None:
         rows["peak memory"] = f"{report.peak_mib:.0f} MiB"
@@ -35,3 +29,23 @@ def render_report(report: TrainingReport, kind: str) -> Group:
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
     total = sum(report.seconds.values())
     return Group(table, f"{total / 60:.1f} minutes: {stages}")
+
+
+def _losses(report: TrainingReport) -> dict[str, str]:
+    before, after = report.untrained_loss, report.trained_loss
+    if before is None or after is None:
+        return {"loss of held-out answers": "none are held out"}
+    change = 100 * (after / before - 1)
+    return {
+        "loss per token of the answers, untrained": f"{before:.3f}",
+        "loss per token of the answers, trained": f"{after:.3f} ({change:+.1f} %)",
+    }
+
+
+def _retrieval(found: Retrieval) -> dict[str, str]:
+    low, high = (f"{100 * bound:.1f}" for bound in found.interval)
+    return {
+        f"best of {found.captions} captions is the photograph's own": f"{100 * found.rate:.1f} %",
+        "the same with photographs permuted": f"{100 * found.control:.1f} %",
+        "95 % of such controls by chance": f"{low} to {high} %",
+    }

@@ -44,6 +44,15 @@ def refuse_parallel(what: str) -> None:
             raise InputError(f"{what} runs in one process, and this process group has {count}")
 
 
+def is_writable(folder: Path) -> bool:
+    """Return whether a folder can be written, after making it if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def check_writable(folder: Path) -> None:
     """Raise ``OSError`` if ``folder`` is not a directory that can be written or made."""
     whole = folder.absolute()

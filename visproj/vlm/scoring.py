@@ -1,4 +1,4 @@
-"""Does the language model know which photograph it is shown? Loss and retrieval on other views."""
+"""Does the language model know which photograph it is shown? Retrieval of its captions."""
 
 from __future__ import annotations
 
@@ -36,37 +36,6 @@ class Retrieval(NamedTuple):
 
 
 @torch.inference_mode()
-def caption_loss(
-    model: VisualLanguageModel,
-    views: Sequence[Tensor],
-    captions: Sequence[Sequence[str]],
-    prompt: str,
-) -> float:
-    """Mean negative log-likelihood of a caption's token, given a view of its photograph.
-
-    Args:
-        model: Whose projector is judged.
-        views: Features ``[V, 1 + S, C]`` of each photograph's views.
-        captions: The captions of each photograph.
-        prompt: What the model is asked about each view.
-
-    Raises:
-        InputError: There are no views or no captions, or they are of different numbers of
-            photographs.
-    """
-    _check_photographs(views, captions)
-    total, tokens = 0.0, 0
-    for features, own in zip(views, captions, strict=True):
-        prefix = model.read(features, [prompt] * len(features))
-        log_probs, lengths = model.answer_log_probs(prefix, [own] * len(features))
-        total -= log_probs.sum().item()
-        tokens += int(lengths.sum())
-    if not tokens:
-        raise InputError("there are no captions to score")
-    return total / tokens
-
-
-@torch.inference_mode()
 def caption_scores(
     model: VisualLanguageModel,
     views: Sequence[Tensor],
@@ -77,7 +46,14 @@ def caption_scores(
     """Log-probability of every caption given every view.
 
     A view's image and prompt pass through the language model once, where captions can share its
-    key-value cache. Arguments as :func:`caption_loss`; ``progress`` advances once per view.
+    key-value cache.
+
+    Args:
+        model: Whose projector is judged.
+        views: Features ``[V, S, C]`` of each photograph's views.
+        captions: The captions of each photograph.
+        prompt: What the model is asked about each view.
+        progress: Advances once per view.
 
     Returns:
         Sums of log-probabilities, fp32 ``[views, captions]``, photograph by photograph, and the
@@ -115,31 +91,19 @@ def _check_photographs(views: Sequence[Tensor], captions: Sequence[Sequence[str]
         check_texts(own, "the captions of a photograph")
 
 
-def own_loss(scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor) -> float:
-    """:func:`caption_loss`, from :func:`caption_scores` of all captions.
+def retrieval(
+    scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor, seed: int
+) -> Retrieval:
+    """Find each view's caption by its mean log-probability per token.
+
+    Chance is what the captions that were picked would meet among randomly assigned photographs.
 
     Args:
         scores: ``[views, captions]``.
         lengths: ``[captions]``.
         view_of: The photograph of each view.
         caption_of: The photograph of each caption.
-
-    Raises:
-        InputError: No view has a caption of its own.
-    """
-    own = view_of[:, None] == caption_of
-    if not own.any():
-        raise InputError("there are no captions to score")
-    return (-(scores * own).sum() / (lengths * own).sum()).item()
-
-
-def retrieval(
-    scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor, seed: int
-) -> Retrieval:
-    """Whether the caption with the best mean log-probability a token is the right photograph's.
-
-    Arguments as :func:`own_loss`; ``seed`` draws the permutation of the control. Chance is what the
-    captions that were picked would meet among randomly assigned photographs.
+        seed: Draws the permutation of the control.
 
     Raises:
         InputError: There are no views or no captions.

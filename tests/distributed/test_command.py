@@ -1,0 +1,127 @@
+"""``visproj train`` in two processes is ``visproj train`` in one with the whole batch."""
+
+import csv
+import shutil
+import sys
+
+import pytest
+import torch
+from distributed.commands import outputs, train, weights, write_models
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+KINDS = ("baseline", "perceiver")
+# Sums in another order: roundings of 6e-8, of which AdamW's division makes up to 1e-5 in 8 steps.
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+def log(out):
+    with (out / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def losses(out, name="loss"):
+    return [float(row[name]) for row in log(out) if row[name]]
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """Runs in one process with batches of four, by kind."""
+    found = {}
+    for kind in KINDS:
+        out = tmp_path_factory.mktemp("alone") / kind
+        arguments = ("--kind", kind, "--batch", 4, "--epochs", 2, "--held-out", 0.25)
+        succeeded(train(models, out, *arguments))
+        found[kind] = out
+    return found
+
+
+def arguments(kind, batch=2):
+    return ("--kind", kind, "--batch", batch, "--epochs", 2, "--held-out", 0.25)
+
+
+def assert_same(kind, out, want):
+    assert losses(out) == pytest.approx(losses(want), rel=BOUND)
+    assert losses(out, "eval_loss") == pytest.approx(losses(want, "eval_loss"), rel=BOUND)
+    got, expected = weights(out), weights(want)
+    for name, tensor in expected.items():
+        if name.endswith("in_proj_bias"):
+            continue  # the keys' gradient is zero but for rounding, which AdamW scales up
+        scale = tensor.abs().max()
+        assert (got[name] - tensor).abs().max() <= BOUND * scale, name
+    scale = outputs(want).abs().max()
+    assert (outputs(out) - outputs(want)).abs().max() <= BOUND * scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_under_torchrun(models, alone, tmp_path, kind):
+    done = succeeded(train(models, tmp_path / "out", *arguments(kind), processes=2))
+    assert_same(kind, tmp_path / "out", alone[kind])
+    assert done.stdout.count("projector, checkpoints, log and loss curve in") == 1
+    assert (tmp_path / "out" / "checkpoint-6" / "rng_state_1.pth").is_file()
+    assert (tmp_path / "out" / "checkpoint-6" / "complete").is_file()
+
+
+def test_accelerate_launch(models, alone, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "visproj"]
+    done = train(models, tmp_path / "out", *arguments("baseline"), launcher=launcher)
+    succeeded(done)
+    assert_same("baseline", tmp_path / "out", alone["baseline"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_that_are_stopped_and_go_on(models, alone, tmp_path, kind):
+    out = tmp_path / "out"
+    chosen = (*arguments(kind), "--save-steps", 2)
+    succeeded(train(models, out, *chosen, processes=2))
+    # As if both processes had been killed while they wrote the third checkpoint.
+    (out / "checkpoint-6" / "complete").unlink()
+    shutil.rmtree(out / "projector")
+    before = load_file(out / "checkpoint-4" / "model.safetensors")
+    succeeded(train(models, out, *chosen, "--resume", processes=2))
+    assert_same(kind, out, alone[kind])
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def fails(done):
+    assert done.returncode != 0
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_two_runs_in_one_folder(models, alone):
+    lines = fails(train(models, alone["baseline"], *arguments("baseline"), processes=2))
+    assert lines
+    assert all("holds a training run: go on with --resume" in line for line in lines)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_is_ignored_stops_the_run(models, tmp_path, engine):
+    pytest.importorskip("deepspeed")
+    variables = {f"ACCELERATE_USE_{engine}": "true", "FSDP_VERSION": "2"}
+    done = train(models, tmp_path / "out", *arguments("baseline"), variables=variables)
+    (line,) = fails(done)
+    assert engine in line
+
+
+def test_processes_that_do_not_find_each_other(models, tmp_path):
+    """A launcher that sets only its own names: each process would train alone."""
+    variables = {"SLURM_STEP_NUM_TASKS": "2"}
+    done = train(models, tmp_path / "out", *arguments("baseline"), variables=variables)
+    (line,) = fails(done)
+    assert "the launcher has started 2 processes, and 1 take part" in line
+    assert not (tmp_path / "out" / "projector").exists()

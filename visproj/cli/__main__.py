@@ -1,0 +1,5 @@
+"""``python -m visproj.cli``."""
+
+from visproj.cli import main
+
+main()

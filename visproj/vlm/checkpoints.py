@@ -1,0 +1,76 @@
+"""Checkpoints of a training run: which are whole, and whether a run may go on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from visproj.errors import InputError
+from visproj.files import replacing, write_json
+
+COMPLETE = "complete"
+RUN_NAME = "run.json"
+GROWING = ("epochs", "max steps")  # a run may go on for more of these
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first: what has its marker was written to its end."""
+    found = {}
+    for folder in out.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if number and (folder / COMPLETE).is_file():
+            found[int(number[1])] = folder
+    return [found[step] for step in sorted(found)]
+
+
+def mark_complete(folder: Path) -> None:
+    """Write the marker of a checkpoint whose other files are on disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    with replacing(folder / COMPLETE) as partial:
+        partial.write_text("")
+
+
+def remove_incomplete(out: Path) -> None:
+    """Remove what killed runs left of checkpoints that they were writing."""
+    whole = checkpoints(out)
+    for folder in out.glob("checkpoint-*"):
+        if folder not in whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_identity(out: Path, identity: Mapping[str, Any]) -> None:
+    """Keep what has to be the same for a run to go on."""
+    with replacing(out / RUN_NAME) as partial:
+        write_json(partial, dict(identity))
+
+
+def check_identity(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raise unless the run in ``out`` is the one that is described.
+
+    Raises:
+        InputError: It has other settings, data or models; the message names them. It may go on for
+            more epochs or steps. Or its description is damaged.
+    """
+    file = out / RUN_NAME
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        names = [*dict.fromkeys([*before, *identity])]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {file} ({error}): choose another --out") from error
+    after = json.loads(json.dumps(dict(identity)))
+    for name in names:
+        old, new = before.get(name), after.get(name)
+        grown = name in GROWING and (new is None or (old is not None and old <= new))
+        if old != new and not grown:
+            raise InputError(
+                f"the run in {out} has {name} {old}, and this one {new}: give the same options "
+                "with --resume, or choose another --out"
+            )
