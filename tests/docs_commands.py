@@ -28,7 +28,22 @@ INSTEAD = {
     ),
     "visproj train --kind perceiver": (
         "visproj train --kind perceiver --data photographs --language-model tiny-llama --epochs 1",
-        "the default takes 16 minutes",
+        "the default takes a quarter of an hour",
+    ),
+    "visproj train --kind baseline --data llava.json --images photographs --held-out 0.02": (
+        "visproj train --kind baseline --data llava.json --images photographs --held-out 0.5 "
+        "--language-model tiny-llama",
+        "of two samples one is held out",
+    ),
+    "visproj train --data llava.json --images photographs --batch 8 --accumulate 2": (
+        "visproj train --data llava.json --images photographs --batch 8 --accumulate 2 "
+        "--language-model tiny-llama --out accumulated",
+        "with a small language model",
+    ),
+    "torchrun --nproc_per_node=2 -m visproj train --data llava.json --images photographs": (
+        "torchrun --nproc_per_node=2 -m visproj train --data llava.json --images photographs "
+        "--language-model tiny-llama --out two-processes",
+        "with a small language model",
     ),
     "visproj extract Qwen/Qwen-VL-Chat encoder/": (
         "visproj extract checkpoint encoder/",
@@ -36,7 +51,13 @@ INSTEAD = {
     ),
 }
 STEP = "a step of .ci/run"
+GPUS = "needs GPUs; tests/distributed run it on CPUs"
 NOT_RUN = {
+    "deepspeed --num_gpus 8 --module visproj train --data llava.json --deepspeed zero3.json": GPUS,
+    "accelerate launch --config_file zero3.yaml -m visproj train --data llava.json": GPUS,
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=first-node:29500 "
+    "-m visproj train --data llava.json --images photographs": GPUS,
+    "python -m benchmarks.loading": "takes two minutes; the tests run it with few images",
     "pytest": STEP,
     "pytest -m slow": STEP,
     "pytest -m quick": STEP,
@@ -167,6 +188,10 @@ for name in ("a", "b"):
     Image.fromarray(small).resize((320, 240), Image.BICUBIC).save(f"photographs/{name}.png")
     lines.append(json.dumps({"image": f"{name}.png", "captions": [f"Picture {name}, coloured."]}))
 Path("photographs/captions.jsonl").write_text("\\n".join(lines))
+turns = [{"from": "human", "value": "<image>\\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+rows = [{"image": f"{name}.png", "conversations": turns} for name in ("a", "b")]
+Path("llava.json").write_text(json.dumps(rows))
+Path("questions.jsonl").write_text('{"image": "photographs/a.png", "question": "what is it?"}\\n')
 Image.open("photographs/a.png").save("photo.jpg")
 """
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import command
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("report", "fold", "launches", "codegen", "host_cost", "schedule")
+COMMANDS = ("report", "fold", "launches", "codegen", "host_cost", "schedule", "loading")
 
 
 def start(name, *arguments, cwd):

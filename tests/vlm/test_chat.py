@@ -19,6 +19,7 @@ from vlm.tiny import (
 from visproj import cli
 from visproj.errors import InputError
 from visproj.vlm import chat as module
+from visproj.vlm import trained
 from visproj.vlm.chat import (
     Answer,
     ChatOptions,
@@ -48,8 +49,8 @@ def loaded(monkeypatch):
         asked.append(name)
         return "tiny-llama", tiny_language_model(), tiny_tokenizer()
 
-    monkeypatch.setattr(module, "load_encoder", encoder)
-    monkeypatch.setattr(module, "load_language_model", language_model)
+    monkeypatch.setattr(trained, "load_encoder", encoder)
+    monkeypatch.setattr(trained, "load_language_model", language_model)
     return asked
 
 
@@ -259,7 +260,7 @@ def unknown_backend(out, photo):
     ids=lambda case: case.__name__,
 )
 def test_refused_before_the_language_model_is_loaded(loaded, run, monkeypatch, out, photo, case):
-    monkeypatch.setattr(module, "load_language_model", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(trained, "load_language_model", lambda name: pytest.fail("loaded"))
     arguments, message = case(out, photo)
     images = [] if case is missing_image else ["--image", photo]
     status, stdout, stderr = run("--projector", out, *images, *arguments)
@@ -290,7 +291,7 @@ def test_triton_where_it_cannot_run(loaded, run, monkeypatch, out, photo):
 
 def test_language_model_of_another_width(loaded, run, monkeypatch, out, photo):
     models = "narrow", tiny_language_model(32), tiny_tokenizer()
-    monkeypatch.setattr(module, "load_language_model", lambda name: models)
+    monkeypatch.setattr(trained, "load_language_model", lambda name: models)
     status, stdout, stderr = run("--projector", out, "--image", photo)
     assert (status, stdout) == (1, "")
     assert "tokens are 64 wide, the language model's embeddings 32" in stderr
@@ -303,7 +304,7 @@ def saved(folder):
 
 
 def test_language_model_from_a_directory(run, monkeypatch, tmp_path, out, photo):
-    monkeypatch.setattr(module, "load_encoder", lambda name: TinyEncoder())
+    monkeypatch.setattr(trained, "load_encoder", lambda name: TinyEncoder())
     arguments = ["--projector", out, "--image", photo, "--language-model", saved(tmp_path / "lm")]
     status, stdout, _ = run(*arguments)
     assert status == 0

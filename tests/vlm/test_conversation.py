@@ -19,7 +19,7 @@ from vlm.tiny import (
 
 from visproj import cli
 from visproj.errors import InputError
-from visproj.vlm import chat, conversation
+from visproj.vlm import chat, conversation, trained
 from visproj.vlm.conversation import Conversation, ConversationFullError
 from visproj.vlm.prompts import end_of_text_ids
 
@@ -330,8 +330,8 @@ def test_template_for_one_turn_alone():
 def loaded(monkeypatch):
     """Tiny models in place of all others."""
     models = "tiny-llama", tiny_language_model(), tiny_tokenizer()
-    monkeypatch.setattr(chat, "load_encoder", lambda name: TinyEncoder())
-    monkeypatch.setattr(chat, "load_language_model", lambda name: models)
+    monkeypatch.setattr(trained, "load_encoder", lambda name: TinyEncoder())
+    monkeypatch.setattr(trained, "load_language_model", lambda name: models)
     return models[1]
 
 
@@ -486,7 +486,7 @@ def test_terminal(run, monkeypatch, kind):
 
 
 def test_attention_of_a_conversation_is_refused(run, monkeypatch):
-    monkeypatch.setattr(chat, "load_encoder", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(trained, "load_encoder", lambda name: pytest.fail("loaded"))
     status, stdout, stderr = run([], "--attention", "a.png")
     assert (status, stdout) == (1, "")
     assert stderr == ("error: the attention is drawn for one answer, not for a conversation\n")

@@ -23,7 +23,7 @@ from visproj.cli.choices import (
     quiet_hub,
     quiet_libraries,
 )
-from visproj.cli.models import chat, train
+from visproj.cli.models import answer, chat, train
 from visproj.errors import InputError
 from visproj.outcome import discard_output, errors, fail, output, stop
 
@@ -185,7 +185,7 @@ def extract(
     output.print(render_summary(summary))
 
 
-for _command in (train, chat):
+for _command in (train, chat, answer):
     app.command()(_command)
 
 

@@ -19,6 +19,37 @@ ID_OR_DIR = "ID_OR_DIR"
 ID_OR_DIR_OR_GGUF = "ID_OR_DIR_OR_GGUF"
 DATA, MODELS, RUN = "Data", "Models", "Training"
 
+# Options that several commands have.
+ImageFolder = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=DATA,
+        metavar="DIR",
+        help="Folder that image paths are relative to. Default: the folder of the data.",
+    ),
+]
+
+
+def _column(usual: str) -> typer.models.OptionInfo:
+    return typer.Option(rich_help_panel=DATA, help=f"Default: {usual}.")
+
+
+ImageColumn = Annotated[str | None, _column("`image` or `images`")]
+CaptionColumn = Annotated[str | None, _column("`captions` or `caption`")]
+QuestionColumn = Annotated[str | None, _column("`question`")]
+AnswerColumn = Annotated[str | None, _column("`answer` or `answers`")]
+ConversationColumn = Annotated[str | None, _column("`conversations` or `messages`")]
+Trained = Annotated[Path, typer.Option(help="What `visproj train` left in OUT, or OUT/projector.")]
+TrainedEncoder = Annotated[
+    str | None, typer.Option(metavar=ID_OR_DIR, help="Default: the projector's in training.")
+]
+TrainedLanguageModel = Annotated[
+    str | None,
+    typer.Option(metavar=ID_OR_DIR_OR_GGUF, help="Default: the projector's in training."),
+]
+LongestAnswer = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+RunsOn = Annotated[Backend, typer.Option(help="What the projector runs on.")]
+
 
 def train(
     kind: Annotated[
@@ -73,30 +104,12 @@ def train(
             "hub. Default: 15 photographs that come with scikit-image and scikit-learn.",
         ),
     ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=DATA,
-            metavar="DIR",
-            help="Folder that image paths are relative to. Default: the folder of the data.",
-        ),
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Default: `image` or `images`.")
-    ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Default: `captions` or `caption`.")
-    ] = None,
-    question_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Default: `question`.")
-    ] = None,
-    answer_column: Annotated[
-        str | None, typer.Option(rich_help_panel=DATA, help="Default: `answer` or `answers`.")
-    ] = None,
-    conversation_column: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=DATA, help="Default: `conversations` or `messages`."),
-    ] = None,
+    images: ImageFolder = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    question_column: QuestionColumn = None,
+    answer_column: AnswerColumn = None,
+    conversation_column: ConversationColumn = None,
     prompt: Annotated[
         str, typer.Option(rich_help_panel=DATA, help="The question that captions answer.")
     ] = "Describe the photograph.",
@@ -337,9 +350,7 @@ def train(
 
 
 def chat(
-    projector: Annotated[
-        Path, typer.Option(help="What `visproj train` left in OUT, or OUT/projector.")
-    ],
+    projector: Trained,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A photograph; repeat for more, all for one answer."),
@@ -356,23 +367,14 @@ def chat(
             "Default: only if neither is given.",
         ),
     ] = False,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID_OR_DIR",
-            help="A CLIP, SigLIP or DINOv2 model. Default: the projector's in training.",
-        ),
-    ] = None,
-    language_model: Annotated[
-        str | None,
-        typer.Option(metavar="ID_OR_DIR_OR_GGUF", help="Default: the projector's in training."),
-    ] = None,
+    encoder: TrainedEncoder = None,
+    language_model: TrainedLanguageModel = None,
     attention: Annotated[
         Path | None,
         typer.Option(metavar="PNG", help="Draw where the model looked as it wrote each word."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
-    backend: Annotated[Backend, typer.Option(help="What the projector runs on.")] = Backend.auto,
+    max_new_tokens: LongestAnswer = 64,
+    backend: RunsOn = Backend.auto,
 ) -> None:
     """Ask a trained projector's model about photographs.
 
@@ -418,3 +420,66 @@ def chat(
         finally:
             if began:
                 print(flush=True)
+
+
+def answer(
+    projector: Trained,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH_OR_NAME",
+            help="Questions with images, in any form that `visproj train` takes; answers in it are "
+            "kept as references.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="A .jsonl or .csv file; a run that was stopped goes on in it."
+        ),
+    ],
+    images: ImageFolder = None,
+    image_column: ImageColumn = None,
+    question_column: QuestionColumn = None,
+    answer_column: AnswerColumn = None,
+    conversation_column: ConversationColumn = None,
+    split: Annotated[str, typer.Option(help="Split to answer.")] = "train",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What is asked about images that come without a question. Default: the "
+            "projector's in training."
+        ),
+    ] = None,
+    encoder: TrainedEncoder = None,
+    language_model: TrainedLanguageModel = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    max_new_tokens: LongestAnswer = 64,
+    backend: RunsOn = Backend.auto,
+) -> None:
+    """Answer a file of questions about images with a trained projector's model."""
+    with errors.status("importing torch and transformers"):
+        from visproj import use_backend
+        from visproj.progress import ConsoleProgress
+        from visproj.vlm.answering import AnswerOptions, run_answer
+        from visproj.vlm.samples import Columns
+
+        quiet_libraries()
+    columns = Columns(image_column, None, question_column, answer_column, conversation_column)
+    options = AnswerOptions(
+        projector,
+        data,
+        out,
+        images,
+        columns,
+        split,
+        prompt,
+        encoder,
+        language_model,
+        batch,
+        max_new_tokens,
+    )
+    with use_backend(backend.value), ConsoleProgress(errors, "reading the data") as progress:
+        report = run_answer(options, progress=progress)
+    without = f", {report.faults} without an answer: see their error" if report.faults else ""
+    output.print(f"{report.total} rows in {out}, {report.written} of them new{without}")

@@ -19,12 +19,12 @@ from torch import Tensor
 from visproj.errors import InputError
 from visproj.progress import SILENT, Progress
 from visproj.vlm.conversation import Answer, Conversation, ConversationFullError, check_prompt
-from visproj.vlm.encoders import OfflineEncoder, VisionEncoder, cropped_notes, load_encoder
+from visproj.vlm.encoders import VisionEncoder, cropped_notes
 from visproj.vlm.figures import answer_attention_figure, save_figure
-from visproj.vlm.language import NAME, load_language_model
-from visproj.vlm.model import VisualLanguageModel, check_backend, default_device
+from visproj.vlm.model import VisualLanguageModel, check_backend
 from visproj.vlm.photographs import Images, Photograph, load_photographs
 from visproj.vlm.pretrained import PretrainedProjector, find_projector, load_pretrained
+from visproj.vlm.trained import encoder_of, model_of
 
 logger = logging.getLogger("visproj")
 
@@ -282,12 +282,10 @@ def _load(
 ) -> VisualLanguageModel:
     """Load both models, the encoder first; it may not be the projector's."""
     progress.stage("loading the vision encoder")
-    encoder = load_encoder(_named(options.encoder, projector.encoder, OfflineEncoder.name))
-    projector.check_encoder(encoder)
+    encoder = encoder_of(projector, options.encoder)
     _note_crops(encoder, photographs)
     progress.stage("loading the language model")
-    name = _named(options.language_model, projector.language_model, NAME)
-    return _assemble(encoder, projector, name)
+    return model_of(projector, encoder, options.language_model)
 
 
 def _check_picture(path: Path, images: int) -> None:
@@ -299,20 +297,6 @@ def _check_picture(path: Path, images: int) -> None:
         raise FileNotFoundError(f"no such folder for the picture of the attention: {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"the picture of the attention cannot be written: {path}")
-
-
-def _named(given: str | None, trained_with: str, offline: str) -> str | None:
-    """What to load: the user's choice, else the checkpoint's, ``None`` for the offline model."""
-    name = trained_with if given is None else given
-    return None if name == offline else name
-
-
-def _assemble(
-    encoder: VisionEncoder, projector: PretrainedProjector, language_model: str | None
-) -> VisualLanguageModel:
-    _, language, tokenizer = load_language_model(language_model)
-    device = default_device()
-    return VisualLanguageModel(encoder, projector.to(device), language.to(device), tokenizer).eval()
 
 
 @torch.inference_mode()

@@ -175,8 +175,7 @@ class VisualLanguageModel(nn.Module):
         ]
         if [] in rows:
             raise InputError(f"the prompt {prompts[rows.index([])]!r} has no tokens and no images")
-        ids, mask = pad_rows(rows, left=True)
-        return self.place(features, ids, mask, counts, left=True)
+        return self.place(features, *pad_rows(rows, left=True), counts, left=True)
 
     def place(
         self,
@@ -222,6 +221,31 @@ class VisualLanguageModel(nn.Module):
         """Token ids of a prompt up to where the answer begins."""
         return self._prompts.prompt_ids(prompt, images)
 
+    def history_ids(
+        self, questions: Sequence[str], answers: Sequence[str], images: int = 1
+    ) -> list[int]:
+        """Token ids up to where the answer to the last question begins.
+
+        Args:
+            questions: ``Q`` of them.
+            answers: To the first ``Q - 1``.
+            images: Number of images, as in :meth:`prompt_ids`.
+
+        Raises:
+            InputError: There are other numbers of ``<image>`` and images, or the template cannot be
+                used for several turns.
+        """
+        before = self._prompts.question_ids(questions, answers, images)
+        after = [self.answer_ids(answer) for answer in answers]
+        ids = [token for row in chain(*zip(before, [*after, []], strict=True)) for token in row]
+        self._check_images(ids, images)
+        return ids
+
+    def _check_images(self, ids: Sequence[int], images: int) -> None:
+        found = ids.count(self.image_token_id)
+        if found != images:
+            raise InputError(f"{found} of {IMAGE_TOKEN} in the text of {images} images")
+
     def dialogue(
         self, questions: Sequence[str], answers: Sequence[Sequence[str]], images: int = 1
     ) -> Dialogue:
@@ -232,9 +256,7 @@ class VisualLanguageModel(nn.Module):
                 ``<image>`` and images, or the template cannot be used for several turns.
         """
         dialogue = self._prompts.dialogue(questions, answers, images)
-        found = dialogue.ids.count(self.image_token_id)
-        if found != images:
-            raise InputError(f"{found} of {IMAGE_TOKEN} in the text of {images} images")
+        self._check_images(dialogue.ids, images)
         if any(len(self.answer_ids(text)) == 1 for texts in answers for text in texts):
             raise InputError("an answer has no tokens")
         return dialogue
@@ -348,6 +370,31 @@ class VisualLanguageModel(nn.Module):
             raise InputError("images must be a list of images, got one image")
         _counts(prompts, images_per_sample, len(images))
         sequence = self.compose(self.features(images), prompts, images_per_sample)
+        return self._generate(sequence, options)
+
+    @torch.inference_mode()
+    def generate_after(
+        self,
+        features: Tensor,
+        rows: Sequence[Sequence[int]],
+        images_per_sample: Sequence[int],
+        **options: Any,
+    ) -> list[str]:
+        """Answer token ids, such as :meth:`history_ids` gives, that are padded on the left here.
+
+        Args:
+            features: ``[N, S, C]``, the images of all rows in order.
+            rows: ``B`` rows of token ids; every ``<image>`` is one image.
+            images_per_sample: ``B`` counts that add up to ``N``.
+            **options: As for :meth:`generate`.
+
+        Raises:
+            InputError: As :meth:`generate`.
+        """
+        ids = pad_rows(rows, left=True)
+        return self._generate(self.place(features, *ids, images_per_sample, left=True), options)
+
+    def _generate(self, sequence: VisualSequence, options: dict[str, Any]) -> list[str]:
         lengths = (sequence.attention_mask != 0).sum(1).tolist()
         for length in lengths:
             check_context(self.context_limit, length, self._longest_answer(length, options))

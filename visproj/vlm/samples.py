@@ -34,12 +34,17 @@ class Columns:
     answer: str | None = None
     conversation: str | None = None
 
-    def found_in(self, names: Sequence[str], where: str) -> Columns:
+    def found_in(self, names: Sequence[str], where: str, *, needs_text: bool = True) -> Columns:
         """The columns of a data set that has columns called ``names``.
 
+        Args:
+            names: Of its columns.
+            where: What it is called in messages.
+            needs_text: Whether images alone are not enough.
+
         Raises:
-            InputError: A chosen column is missing, or no text is found; the message names those
-                that are there.
+            InputError: A chosen column is missing, or there is none with texts or, if these are
+                not needed, none with images; the message names those that are there.
         """
         spelled = {name.lower(): name for name in reversed(names)}
         found = {}
@@ -51,12 +56,17 @@ class Columns:
             first = next((spelled[name] for name in usual if name in spelled), None)
             found[entry.name] = chosen or first
         columns = Columns(**found)
-        if columns.conversation is None and columns.caption is None and columns.question is None:
+        if not columns.has_text and (needs_text or columns.image is None):
             raise InputError(
                 f"{where} has no column with texts: it has {_listed(names)}. Name yours with "
                 "--conversation-column, --caption-column, or --question-column and --answer-column"
             )
         return columns
+
+    @property
+    def has_text(self) -> bool:
+        """Whether one of these columns has questions, captions or conversations."""
+        return any((self.conversation, self.caption, self.question))
 
     def _is_free(self, name: str) -> bool:
         """Whether the usual names of a column may be tried: not beside a chosen kind of text."""
