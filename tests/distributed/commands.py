@@ -40,7 +40,7 @@ def write_models(folder):
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(RECIPE))
     tiny_language_model().save_pretrained(folder / "llama")
     tiny_tokenizer().save_pretrained(folder / "llama")
-    write_dialogues(folder / "data", 16)
+    write_dialogues(folder / "data", 17)
 
 
 def train(folder, out, *arguments, processes=1, variables=None, launcher=None):

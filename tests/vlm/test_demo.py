@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import Recorder
 from PIL import Image
+from vlm.tiny import TinyEncoder
 
 from visproj.errors import InputError
 from visproj.projectors import build_projector
@@ -50,6 +51,14 @@ def test_default_run(loaded, tmp_path):
     for path in report.pictures:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
+
+
+def test_an_encoder_without_cls(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_encoder", lambda name: TinyEncoder(has_cls=False))
+    report = run_demo(out=tmp_path / "out")
+    seen = [(row.kind, row.tokens_in, row.tokens_out) for row in report.rows]
+    assert seen == [("baseline", 16, 16), ("vit", 16, 16), ("perceiver", 16, 256)]
+    assert len(report.pictures) == 5
 
 
 def test_same_seed_same_bytes(loaded, tmp_path):
@@ -109,7 +118,7 @@ def test_bad_input_writes_nothing(loaded, tmp_path, options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"kinds": ["q-former"]}, {"seed": -1}, {"seed": 2**63}, {"prompt": "<image><image>"}],
+    [{"kinds": ["q-former"]}, {"seed": -1}, {"seed": 2**32}, {"prompt": "<image><image>"}],
 )
 def test_options_are_checked_before_anything_is_loaded(monkeypatch, tmp_path, options):
     monkeypatch.setattr(module, "load_encoder", pytest.fail)

@@ -149,6 +149,19 @@ def test_dialogues_with_any_number_of_images(models, tmp_path, kind, dtype):
     assert models.loaded[-1] == (None, getattr(torch, dtype))
 
 
+@pytest.mark.parametrize("kind", ["baseline", "vit", "perceiver"])
+def test_an_encoder_without_cls(models, tmp_path, kind):
+    models.encoder = TinyEncoder(has_cls=False)
+    data = write_dialogues(tmp_path / "data")
+    report = run_training(options(tmp_path / "out", data, kind=kind), SETTINGS)
+    assert report.trained_loss < report.untrained_loss
+    projector = load_pretrained(tmp_path / "out")
+    assert projector.has_cls is False
+    with torch.no_grad():
+        tokens = projector(torch.randn(1, 16, 32))
+    assert tokens.shape == (1, 25 if kind == "perceiver" else 16, WIDTH)
+
+
 def test_accumulation_is_a_larger_batch(models, tmp_path):
     data = write_dialogues(tmp_path / "data")
     large = replace(SETTINGS, batch=4, weight_decay=0.0)

@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_a_number_is_one_line(run, models, data, tmp_path, mo
 
     monkeypatch.setattr(training, "load_language_model", load)
     line = fails(run, *small(tmp_path / "out", data))
-    assert line.startswith("error: step 1: the loss is nan and the gradient's norm nan; nothing is")
+    assert line.startswith("error: after step 0: the loss of the held-out samples is nan; nothing")
     assert not (tmp_path / "out" / "projector").exists()
 
 

@@ -23,8 +23,9 @@ MERGES = ["Ġ a", "Ġ c", "a t", "Ġc at", "o g", "d og", "r e", "re d"]
 class TinyEncoder(VisionEncoder):
     """4 x 4 patches, 32 wide: a fixed random map of each patch's pixels, CLS their mean."""
 
-    def __init__(self, name="tiny", side=16):
+    def __init__(self, name="tiny", side=16, has_cls=True):
         self.name = name
+        self.has_cls = has_cls
         self.config = EncoderConfig(
             hidden_size=32,
             num_attention_heads=4,
@@ -45,7 +46,7 @@ class TinyEncoder(VisionEncoder):
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(patches.shape[-1], 32, generator=generator)
         features = torch.tanh(patches @ weights / weights.shape[0] ** 0.5)
-        return torch.cat([features.mean(1, keepdim=True), features], 1)
+        return torch.cat([features.mean(1, keepdim=True), features], 1)[:, not self.has_cls :]
 
 
 def tiny_tokenizer(template=TEMPLATE):

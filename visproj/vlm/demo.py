@@ -85,7 +85,8 @@ def run_demo(
     Args:
         images: Image files; none means scikit-learn's two photographs.
         kinds: Projectors to run.
-        encoder: CLIP or DINOv2 model, a directory or a name on the hub; None is the offline one.
+        encoder: CLIP, SigLIP or DINOv2 model, a directory or a name on the hub; None is the
+            offline one.
         prompt: Text beside each image, which stands where ``<image>`` does, or else in front.
         out: Folder for the pictures, made if it is missing.
         seed: Seeds each projector's initialisation.
@@ -134,7 +135,8 @@ def run_demo(
 def _untrained(kind: str, eye: VisionEncoder, language: LanguageEmbedding, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return build_projector(kind, eye.config, language.table.shape[1]).eval()
+        options = {"has_cls": eye.has_cls} if kind == "perceiver" else {}
+        return build_projector(kind, eye.config, language.table.shape[1], **options).eval()
 
 
 @torch.inference_mode()
@@ -187,7 +189,7 @@ def _draw(
 ) -> list[Path]:
     width = language.table.shape[1]
     pictures = [save_figure(positions_figure(width), out / "positions.png")]
-    colours = pca_colours(features[:, 1:])
+    colours = pca_colours(features[:, int(eye.has_cls) :])
     maps = None
     if "perceiver" in projectors:
         perceiver = cast(PerceiverProjector, projectors["perceiver"])

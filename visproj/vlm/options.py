@@ -43,7 +43,7 @@ class TrainingOptions:
         from_projector: Checkpoint whose weights training begins with.
         resume: Go on from the last whole checkpoint in ``out``.
         retrieval: Score captions against held-out samples afterwards; ``None`` does so for the
-            built-in set.
+            built-in set. The first process does it alone: not where weights are sharded.
         strict: Stop at the first sample that cannot be used.
     """
 

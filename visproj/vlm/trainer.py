@@ -51,7 +51,7 @@ class ProjectorTrainer(Trainer):
         strict: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(compute_metrics=_mean_loss, **options)
+        super().__init__(compute_metrics=self._mean_loss, **options)
         self.projector = projector
         self.shards = shards
         self.out = Path(self.args.output_dir or "")
@@ -155,6 +155,17 @@ class ProjectorTrainer(Trainer):
             out = model(**inputs)
         return None, out["losses"].detach(), out["tokens"]
 
+    def _mean_loss(self, prediction: Any) -> dict[str, float]:
+        """Mean loss per answer token over all samples, whatever batches they came in."""
+        losses, tokens = prediction.predictions, prediction.label_ids
+        loss = float(losses.sum()) / max(1, int(tokens.sum()))
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"after step {self.state.global_step}: the loss of the held-out samples is {loss}; "
+                f"{self.what_is_kept}"
+            )
+        return {"loss": loss}
+
     # Checkpoints
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
@@ -255,12 +266,6 @@ def _gradient_norm(module: nn.Module) -> float:
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm: Any = nn.utils.get_total_norm(gradients)
     return getattr(norm, "full_tensor", lambda: norm)().item()
-
-
-def _mean_loss(prediction: Any) -> dict[str, float]:
-    """Mean loss per answer token over all samples, whatever batches they came in."""
-    losses, tokens = prediction.predictions, prediction.label_ids
-    return {"loss": float(losses.sum()) / max(1, int(tokens.sum()))}
 
 
 def _gather(value: Any) -> list[Any]:

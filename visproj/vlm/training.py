@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -96,7 +97,9 @@ def run_training(
     clock = _Clock()
     with ExitStack() as stack:
         stack.enter_context(_says_what_is_kept(options.out))
-        progress = SILENT if is_launched_beside_the_first() else progress
+        if is_launched_beside_the_first():
+            progress = SILENT
+            logging.getLogger("visproj").setLevel(logging.ERROR)  # the first one warns
         progress.stage("loading the models")
         source = open_source(options.data, options.images, streaming=options.streaming)
         _check_source(source, options, settings)
@@ -173,7 +176,9 @@ class _Run:
         self._identify(source, model, data)
         self._train(trainer, shards)
         self.clock.lap("training")
-        found = self._retrieval(model, data) if self.args.process_index == 0 else None
+        is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        alone = self.args.process_index == 0 and not is_sharded  # no other process is needed
+        found = self._retrieval(model, data) if alone else None
         return self._report(trainer, data, found)
 
     def _load_models(
@@ -185,9 +190,7 @@ class _Run:
             torch.manual_seed(self.settings.seed)
             projector = self._projector(encoder, embedding_shape(language_model)[1], name)
         projector.train()
-        if (
-            self.args.device.type == "cpu"
-        ):  # where fused attention's backward costs a step 15 % more
+        if self.args.device.type == "cpu":  # there fused attention's backward is slower
             language_model.set_attn_implementation("eager")
         model = VisualLanguageModel(encoder, projector, language_model, tokenizer)
         if self.settings.gradient_checkpointing:
@@ -258,8 +261,7 @@ class _Run:
             training, kept = _parted(training, options.held_out, self.settings.seed)
             held_out = Samples(kept, encode, read)
         elif options.is_built_in and held_out is None:
-            views = Views(HELD_OUT, lambda image, view, number: held_out_view(image, view))
-            held_out = Samples(training, encode, read, views)
+            held_out = Samples(training, encode, read, Views(HELD_OUT, held_out_view))
         if self.args.process_index == 0 and training.cut:
             self.progress.note(
                 f"{training.cut} samples are longer than {encode.limit} tokens: their ends are cut"
@@ -325,6 +327,7 @@ class _Run:
             "kind": model.projector.kind,
             "queries": model.projector.query_grid,
             "encoder": model.encoder.name,
+            "encoder's weights": model.encoder.weights_digest,
             "language model": model.projector.language_model,
             "prompt": options.prompt,
             "data": source.name,
@@ -350,6 +353,9 @@ class _Run:
         try:
             trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
             trainer.save_model(str(self.options.out / "projector"))
+        except InputError as error:
+            # A loader worker's comes with its traceback, in the last line of which it stands.
+            raise InputError(str(error).strip().splitlines()[-1].split("Error: ")[-1]) from error
         finally:
             if shards is not None:
                 shards.flush()

@@ -41,7 +41,7 @@ def training_view(image: Image.Image, number: int, seed: int) -> Image.Image:
     return _crop(image, left, generator.randint(0, image.height - side), side)
 
 
-def held_out_view(image: Image.Image, number: int) -> Image.Image:
+def held_out_view(image: Image.Image, number: int, seed: int = 0) -> Image.Image:
     """Cut out one of five fixed square views, none of which :func:`training_view` shows.
 
     0. The centre square, mirrored.
@@ -56,6 +56,7 @@ def held_out_view(image: Image.Image, number: int) -> Image.Image:
     Args:
         image: Any size.
         number: From 0 to 4.
+        seed: As :func:`training_view` takes one; these views are the same for all.
 
     Raises:
         InputError: There is no view of this number.
