@@ -158,5 +158,5 @@ def test_processes_that_do_not_find_each_other(models, tmp_path):
     variables = {"SLURM_STEP_NUM_TASKS": "2"}
     done = train(models, tmp_path / "out", *arguments("baseline"), variables=variables)
     (line,) = fails(done)
-    assert "the launcher has started 2 processes, and 1 take part" in line
+    assert "a launcher has started 2 processes, each of which would train alone" in line
     assert not (tmp_path / "out" / "projector").exists()

@@ -1,6 +1,7 @@
 """``visproj answer``: what is written for each row, in batches, and after a stop."""
 
 import csv
+import io
 import json
 
 import pytest
@@ -138,18 +139,27 @@ def test_csv(work):
         assert (json.loads(row["reference"]) if row["reference"] else None) == want["reference"]
 
 
+def as_csv(row):
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue().encode()
+
+
 @pytest.mark.parametrize("name", ["answers.jsonl", "answers.csv"])
 @pytest.mark.parametrize("kept", [0, 1, 3, 5])
-@pytest.mark.parametrize("rest", ["", '{"index": 4, "ques'])
-def test_a_run_that_was_stopped_goes_on(work, name, kept, rest):
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_run_that_was_stopped_goes_on(work, name, kept, cut):
     write(work)
     run_answer(options(work, name))
-    whole = (work / name).read_text()
-    lines = whole.splitlines(keepends=True)
-    header = name.endswith(".csv")
-    (work / name).write_text("".join(lines[: kept + header]) + (rest if kept < 5 else ""))
+    whole = (work / name).read_bytes()
+    rows, rest = whole.splitlines(keepends=True), b'{"index": 4, "ques'
+    if name.endswith(".csv"):  # a text may have line ends, also where it is cut
+        table = csv.reader(io.StringIO(whole.decode(), newline=""))
+        rows, rest = [as_csv(row) for row in table], b'4,,"two\nlines'
+        rows[:2] = [rows[0] + rows[1]]
+    (work / name).write_bytes(b"".join(rows[:kept]) + (rest if cut else b""))
     report = run_answer(options(work, name))
-    assert (work / name).read_text() == whole
+    assert (work / name).read_bytes() == whole
     assert report == (5, 5 - kept, 0)
 
 

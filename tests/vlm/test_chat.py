@@ -331,15 +331,8 @@ def by_generate(model, image, count):
     return out.sequences[0].tolist(), torch.stack(rows)
 
 
-class BareEncoder(TinyEncoder):
-    has_cls = False
-
-    def encode(self, pixels):
-        return super().encode(pixels)[:, 1:]
-
-
 def bare_model(kind):
-    eye = BareEncoder()
+    eye = TinyEncoder(has_cls=False)
     described = kind, vars(eye.config), WIDTH, eye.name, "tiny-llama", PROMPT
     torch.manual_seed(0)
     projector = PretrainedProjector(*described, has_cls=False)

@@ -1,6 +1,7 @@
 """``run_training`` between tiny models, from the data to the report."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from vlm.training_models import (
     weights,
     write_captions,
     write_dialogues,
+    write_shards,
 )
 
 from visproj import build_projector
@@ -171,6 +173,31 @@ def test_accumulation_is_a_larger_batch(models, tmp_path):
         losses[name] = [float(row["loss"]) for row in table(tmp_path / name)]
     # The same sums in fp32, in another order.
     assert losses["small"] == pytest.approx(losses["large"], rel=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream(models, tmp_path, workers):
+    """More steps than one pass over the shards has; stopped and resumed to the bit."""
+    data = write_shards(tmp_path / "shards")
+    chosen = options(tmp_path / "whole", data, held_out=None)
+    settings = replace(SETTINGS, max_steps=8, workers=workers)
+    report = run_training(chosen, settings)
+    assert (report.samples, report.steps, report.untrained_loss) == (None, 8, None)
+    parted = replace(chosen, out=tmp_path / "parts")
+    run_training(parted, settings)
+    for name in ("projector", "checkpoint-8"):
+        shutil.rmtree(parted.out / name)
+    run_training(replace(parted, resume=True), settings)
+    assert equal(weights(parted.out), weights(chosen.out))
+    assert table(parted.out) == table(chosen.out)
+
+
+def test_what_a_stream_cannot_give(models, tmp_path):
+    data = write_shards(tmp_path / "shards")
+    settings = replace(SETTINGS, by_length=True)
+    wanted = r"--max-steps is required; .* grouped by length; .* held out; --views are not"
+    with pytest.raises(InputError, match=f"is read as a stream: {wanted}"):
+        run_training(options(tmp_path / "out", data, views=3), settings)
 
 
 def test_views_are_samples_of_their_own(models, tmp_path):

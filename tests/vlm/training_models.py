@@ -1,7 +1,9 @@
 """Runs of ``run_training`` between tiny models, and the data that they train on."""
 
 import csv
+import io
 import json
+import tarfile
 from dataclasses import replace
 
 import torch
@@ -74,6 +76,22 @@ def write_dialogues(folder, count=8):
             tiny_photograph(10 * int(row["id"]) + image).save(folder / name)
     (folder / "llava.json").write_text(json.dumps(rows))
     return folder / "llava.json"
+
+
+def write_shards(folder, count=12):
+    """Two WebDataset shards of images with captions; the pattern that names them."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in range(shard, count, 2):
+                image = io.BytesIO()
+                tiny_photograph(number).save(image, "PNG")
+                text = CAPTIONS[number % 3][0].encode()
+                for suffix, content in (("png", image.getvalue()), ("txt", text)):
+                    entry = tarfile.TarInfo(f"{number}.{suffix}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    return folder / "*.tar"
 
 
 class Models:

@@ -78,7 +78,7 @@ def demo(
         str | None,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A CLIP, SigLIP or DINOv2 model for transformers. Default: one that needs no model hub.",
+            help="A CLIP, SigLIP or DINOv2 model for transformers. Default: one without a hub.",
         ),
     ] = None,
     prompt: Annotated[

@@ -220,21 +220,36 @@ def _read_done(out: Path) -> list[dict[str, Any]]:
     if not out.exists():
         return []
     content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        text = whole.decode()
-        if out.suffix == ".csv":
-            done = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        else:
-            done = [json.loads(line) for line in text.splitlines()]
-        numbers = [int(row["index"]) for row in done]
-        if numbers != list(range(len(numbers))) or any(set(row) != set(FIELDS) for row in done):
-            raise ValueError("its rows are not answers in their order")
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(f"{out} holds something else than answers: {error}") from error
-    if whole != content:
+    end = len(content)
+    while True:  # a text in a CSV file may have line ends of its own
+        end = content.rfind(b"\n", 0, end) + 1
+        try:
+            done = _parsed(content[:end].decode(), out.suffix)
+            break
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            if out.suffix != ".csv" or not isinstance(error, csv.Error) or not end:
+                raise InputError(f"{out} holds something else than answers: {error}") from error
+            end -= 1
+    if end < len(content):
         with out.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(end)
+    return done
+
+
+def _parsed(text: str, suffix: str) -> list[dict[str, Any]]:
+    """Rows of answers.
+
+    Raises:
+        csv.Error: A text is not ended.
+        ValueError, KeyError, TypeError: They are something else.
+    """
+    if suffix == ".csv":
+        done = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    else:
+        done = [json.loads(line) for line in text.splitlines()]
+    numbers = [int(row["index"]) for row in done]
+    if numbers != list(range(len(numbers))) or any(set(row) != set(FIELDS) for row in done):
+        raise ValueError("its rows are not answers in their order")
     return done
 
 

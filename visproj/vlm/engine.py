@@ -124,6 +124,7 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
+    _check_launcher()
     for package in ("accelerate", *({"tensorboard"} & {*settings.report_to})):
         if find_spec(package) is None:
             raise MissingPackageError(package, name=package)
@@ -176,16 +177,24 @@ def training_arguments(
     return args
 
 
+def _check_launcher() -> None:
+    """Raise if a launcher has started processes that PyTorch's own variables say nothing of."""
+    if launched() > 1 and "RANK" not in os.environ:
+        raise InputError(
+            f"a launcher has started {launched()} processes, each of which would train alone: use "
+            "torchrun, accelerate launch or deepspeed"
+        )
+
+
 def _check_processes(args: TrainingArguments) -> None:
     if launched() != args.world_size:
         raise InputError(
             f"the launcher has started {launched()} processes, and {args.world_size} take part in "
             "training: start it with torchrun, accelerate launch or deepspeed"
         )
-    if torch.cuda.is_available() and args.world_size > 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if local > torch.cuda.device_count():
-            raise InputError(f"{local} processes for {torch.cuda.device_count()} GPUs")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise InputError(f"{local} processes for {torch.cuda.device_count()} GPUs")
 
 
 def check_engine(accelerator: Any, settings: TrainingSettings) -> None:
