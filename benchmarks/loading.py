@@ -79,7 +79,7 @@ def write_forms(folder: Path, count: int) -> dict[str, str]:
         }
         for n, text in enumerate(captions)
     ]
-    (folder / "llava" / "llava.json").write_text(json.dumps(turns))
+    (folder / "llava" / "llava.json").write_text(json.dumps(turns), encoding="utf-8")
     named = [{"file_name": f"{n}.jpg", "caption": text} for n, text in enumerate(captions)]
     _write_lines(folder / "imagefolder" / "metadata.jsonl", named)
     _write_parquet(folder / "rows.parquet", contents, captions)
@@ -95,7 +95,7 @@ def write_forms(folder: Path, count: int) -> dict[str, str]:
 
 
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _write_parquet(file: Path, contents: list[bytes], captions: list[str]) -> None:
@@ -108,7 +108,7 @@ def _write_parquet(file: Path, contents: list[bytes], captions: list[str]) -> No
 
 
 def _write_shard(file: Path, contents: list[bytes], captions: list[str], shard: int) -> None:
-    with tarfile.open(file, "w") as archive:
+    with tarfile.open(file, "w", encoding="utf-8") as archive:
         for number in range(shard, len(contents), 2):
             for suffix, content in (("jpg", contents[number]), ("txt", captions[number].encode())):
                 entry = tarfile.TarInfo(f"{number}.{suffix}")

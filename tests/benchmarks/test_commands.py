@@ -52,6 +52,7 @@ BAD = [
     ("fold", ["--pairs", "none"], 2, "--pairs: must be a whole number of at least 1, got 'none'"),
     ("fold", ["--model", "minicpm"], 2, "argument --model: invalid choice: 'minicpm'"),
     ("launches", ["--batch", "-8"], 2, "--batch: must be a whole number of at least 1"),
+    ("loading", ["--rounds", "0"], 2, "--rounds: must be a whole number of at least 1, got '0'"),
     ("host_cost", ["--rounds", "0"], 2, "--rounds: must be a whole number of at least 1, got '0'"),
     ("schedule", ["--machine", "V100"], 2, "argument --machine: invalid choice: 'V100'"),
     ("schedule", ["--batch", "0"], 2, "--batch: must be a whole number of at least 1, got '0'"),

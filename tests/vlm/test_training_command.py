@@ -104,7 +104,7 @@ def test_every_option_reaches_its_place(run, asked):
     [
         (["--kind", "baseline"], "baseline", 2),
         (["--kind", "vit"], "vit", 2),
-        ([], "perceiver", 6),
+        ([], "perceiver", 7),
         (["--data", "somewhere"], "perceiver", 1),
     ],
 )

@@ -195,7 +195,7 @@ def train(
             rich_help_panel=RUN,
             min=1,
             help="Passes over the training samples. Default: 1; of the built-in photographs 2, "
-            "for a Perceiver 6.",
+            "for a Perceiver 7.",
         ),
     ] = None,
     max_steps: Annotated[
@@ -238,7 +238,8 @@ def train(
         typer.Option(
             rich_help_panel=RUN,
             min=1,
-            help="Steps between losses on held-out samples. Default: after each epoch.",
+            help="Steps between losses on held-out samples. Default: after each epoch; of the "
+            "built-in photographs before and after training.",
         ),
     ] = None,
     log_steps: Annotated[
@@ -305,7 +306,7 @@ def train(
     name = chosen or ("perceiver" if from_projector is None else "continued")
     folder = out or Path("visproj-train", name)
     settings = TrainingSettings(
-        epochs=epochs or (EPOCHS.get(name, 6) if data is None else 1),
+        epochs=epochs or (EPOCHS.get(name, EPOCHS["perceiver"]) if data is None else 1),
         max_steps=max_steps or -1,
         learning_rate=learning_rate,
         batch=batch,

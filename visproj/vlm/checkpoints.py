@@ -35,7 +35,7 @@ def mark_complete(folder: Path) -> None:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     with replacing(folder / COMPLETE) as partial:
-        partial.write_text("")
+        partial.touch()
 
 
 def remove_incomplete(out: Path) -> None:

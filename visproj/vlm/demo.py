@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -135,7 +135,7 @@ def run_demo(
 def _untrained(kind: str, eye: VisionEncoder, language: LanguageEmbedding, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        options = {"has_cls": eye.has_cls} if kind == "perceiver" else {}
+        options: dict[str, Any] = {"has_cls": eye.has_cls} if kind == "perceiver" else {}
         return build_projector(kind, eye.config, language.table.shape[1], **options).eval()
 
 

@@ -257,7 +257,7 @@ def _overlay(axis: Axes, photo: Image.Image, weight: np.ndarray, scale: Normaliz
 
 
 def loss_figure(
-    training: Sequence[tuple[int, float]], held_out: Sequence[tuple[float, float]], kind: str
+    training: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]], kind: str
 ) -> Figure:
     """Loss over a training run.
 

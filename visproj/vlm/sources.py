@@ -228,7 +228,7 @@ def shard_samples(shards: list[str]) -> Iterator[dict[str, Any]]:
 
 def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
     """Files of a shard: what names their sample, their suffix and their content."""
-    with tarfile.open(shard) as archive:
+    with tarfile.open(shard, encoding="utf-8") as archive:
         for member in archive:
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
