@@ -15,6 +15,7 @@ from vlm.training_models import write_dialogues
 from visproj.vlm.pretrained import load_pretrained
 
 ROOT = Path(__file__).parent.parent.parent
+RATE = 0.002
 RECIPE = {
     "image_processor_type": "CLIPImageProcessor",
     "crop_size": {"height": 16, "width": 16},
@@ -57,7 +58,7 @@ def train(folder, out, *arguments, processes=1, variables=None, launcher=None):
     command = [*(launcher or launch), "train", "--data", folder / "data" / "llava.json"]
     command += ["--encoder", folder / "clip", "--language-model", folder / "llama", "--out", out]
     command += ["--dtype", "float32", "--workers", "0", "--report-to", "csv", "--queries", "3"]
-    command += ["--learning-rate", "0.002", *arguments]
+    command += ["--learning-rate", RATE, *arguments]
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300
     )
