@@ -11,6 +11,7 @@ from visproj.vlm import engine
 from visproj.vlm.engine import (
     TrainingSettings,
     check_engine,
+    engine_of_its_own,
     faster_dtype,
     launched,
     settle_dtype,
@@ -122,7 +123,11 @@ def test_autocast_is_what_the_dtype_says():
         assert out.dtype == getattr(torch, dtype)
 
 
-def test_the_environment_is_left_alone(tmp_path):
-    before = set(os.environ)
-    training_arguments(SETTINGS, tmp_path, evaluates=False, resumes=False)
-    assert {name for name in set(os.environ) - before if not name.startswith("ACCELERATE")} == set()
+def test_the_environment_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    before = dict(os.environ)
+    with engine_of_its_own():
+        chosen = replace(SETTINGS, dtype="bfloat16")
+        training_arguments(chosen, tmp_path, evaluates=False, resumes=False)
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert dict(os.environ) == before

@@ -136,6 +136,12 @@ def test_the_same_seed_has_the_same_numbers(finished, models, tmp_path):
     assert other.untrained_loss != finished.report.untrained_loss
 
 
+def test_a_run_in_bfloat16_leaves_the_next_one_alone(finished, models, tmp_path):
+    run_training(options(tmp_path / "low", finished.data), replace(SETTINGS, dtype="bfloat16"))
+    run_training(options(tmp_path / "out", finished.data), SETTINGS)
+    assert equal(weights(tmp_path / "out"), weights(finished.out))
+
+
 def test_loader_workers_change_nothing(finished, models, tmp_path):
     run_training(options(tmp_path / "out", finished.data), replace(SETTINGS, workers=2))
     assert equal(weights(tmp_path / "out"), weights(finished.out))
@@ -171,8 +177,8 @@ def test_accumulation_is_a_larger_batch(models, tmp_path):
     for name, settings in {"large": large, "small": replace(large, batch=2, accumulate=2)}.items():
         run_training(options(tmp_path / name, data, held_out=None), settings)
         losses[name] = [float(row["loss"]) for row in table(tmp_path / name)]
-    # The same sums in fp32, in another order.
-    assert losses["small"] == pytest.approx(losses["large"], rel=1e-5)
+    # The same sums in fp32, in another order; transformers 4 logs four decimals.
+    assert losses["small"] == pytest.approx(losses["large"], rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 BETAS = (0.9, 0.99)
 DTYPES = ("auto", "bfloat16", "float32")
+ACCELERATE = "ACCELERATE_"
 ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 
 
@@ -107,6 +110,23 @@ def is_launched_beside_the_first() -> bool:
     return os.environ.get("RANK", "0").strip() not in ("", "0")
 
 
+@contextmanager
+def engine_of_its_own() -> Iterator[None]:
+    """Leave accelerate as it was: what a run sets in it would decide the dtype of the next one."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(ACCELERATE)}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(ACCELERATE)]:
+            del os.environ[name]
+        os.environ.update(before)
+        if find_spec("accelerate") is not None:
+            from accelerate.state import AcceleratorState, GradientState
+
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+
+
 def training_arguments(
     settings: TrainingSettings, out: Path, *, evaluates: bool, resumes: bool
 ) -> TrainingArguments:
@@ -125,6 +145,8 @@ def training_arguments(
     from transformers import TrainingArguments
 
     _check_launcher()
+    # Before transformers 5 this decides instead of the argument.
+    os.environ[f"{ACCELERATE}MIXED_PRECISION"] = "bf16" if settings.dtype == "bfloat16" else "no"
     for package in ("accelerate", *({"tensorboard"} & {*settings.report_to})):
         if find_spec(package) is None:
             raise MissingPackageError(package, name=package)

@@ -27,6 +27,7 @@ from visproj.vlm.encoders import VisionEncoder, load_encoder
 from visproj.vlm.engine import (
     TrainingSettings,
     check_engine,
+    engine_of_its_own,
     is_launched_beside_the_first,
     settle_dtype,
     training_arguments,
@@ -97,6 +98,7 @@ def run_training(
     clock = _Clock()
     with ExitStack() as stack:
         stack.enter_context(_says_what_is_kept(options.out))
+        stack.enter_context(engine_of_its_own())
         if is_launched_beside_the_first():
             progress = SILENT
             logging.getLogger("visproj").setLevel(logging.ERROR)  # the first one warns
