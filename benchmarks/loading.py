@@ -158,6 +158,9 @@ def _pixels(encoder: VisionEncoder, file: Path) -> torch.Tensor:
 
 def measure(folder: Path, count: int, workers: int, rounds: int) -> dict[str, list[float]]:
     """Images per second of each form and of the plain loop, once per round and in turn."""
+    import datasets
+
+    datasets.disable_progress_bars()
     encoder = PixelsOnly()
     name, language_model, tokenizer = load_language_model()
     width = language_model.get_input_embeddings().weight.shape[1]

@@ -102,8 +102,8 @@ def test_every_option_reaches_its_place(run, asked):
 @pytest.mark.parametrize(
     ("arguments", "kind", "epochs"),
     [
-        (["--kind", "baseline"], "baseline", 2),
-        (["--kind", "vit"], "vit", 2),
+        (["--kind", "baseline"], "baseline", 3),
+        (["--kind", "vit"], "vit", 3),
         ([], "perceiver", 7),
         (["--data", "somewhere"], "perceiver", 1),
     ],

@@ -194,7 +194,7 @@ def train(
         typer.Option(
             rich_help_panel=RUN,
             min=1,
-            help="Passes over the training samples. Default: 1; of the built-in photographs 2, "
+            help="Passes over the training samples. Default: 1; of the built-in photographs 3, "
             "for a Perceiver 7.",
         ),
     ] = None,

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from visproj.vlm.trainer import ProjectorTrainer
 
-EPOCHS = {"baseline": 2, "vit": 2, "perceiver": 7}  # of the built-in photographs
+EPOCHS = {"baseline": 3, "vit": 3, "perceiver": 7}  # of the built-in photographs
 BUILT_IN_VIEWS = 14
 # Retrieval scores every caption against every view: it grows with the square of the photographs.
 SCORED_SAMPLES = 32
