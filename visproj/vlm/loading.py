@@ -193,8 +193,8 @@ class StreamedSamples(IterableDataset[Example]):
         *,
         alternatives: bool = True,
     ) -> None:
-        rows = undecoded(rows) if rows.features else rows
-        self._rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+        self._rows = undecoded(rows) if rows.features else rows
+        self._seed = seed
         self._columns = columns
         self._prompt = prompt
         self._encode = encode
@@ -205,9 +205,10 @@ class StreamedSamples(IterableDataset[Example]):
         epoch = 0
         faults: list[str] = []
         while True:
-            self._rows.set_epoch(epoch)
             found = False
-            for number, row in enumerate(self._rows):
+            # Not set_epoch, whose number loader workers share: one would change another's order.
+            rows = self._rows.shuffle(seed=self._seed + epoch, buffer_size=SHUFFLED)
+            for number, row in enumerate(rows):
                 try:
                     example = self._example(row)
                 except (InputError, OSError) as error:
