@@ -453,8 +453,10 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 def _ignore_frozen(module: nn.Module, incompatible: Any) -> None:
+    # DeepSpeed leaves out what does not learn, a Perceiver's position table among it.
+    fixed = {name for name, p in module.named_parameters() if not p.requires_grad}
     missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if not _is_frozen(key)]
+    missing[:] = [key for key in missing if key not in fixed and not _is_frozen(key)]
 
 
 def _is_frozen(key: str) -> bool:
