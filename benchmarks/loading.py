@@ -30,7 +30,7 @@ from benchmarks.command import Parser, positive_int, run_command
 from visproj import PretrainedProjector
 from visproj.vlm.encoders import EncoderConfig, VisionEncoder
 from visproj.vlm.language import load_language_model
-from visproj.vlm.loading import Collator, PictureReader, Samples, StreamedSamples
+from visproj.vlm.loading import PictureReader, Samples, StreamedSamples, collate
 from visproj.vlm.model import VisualLanguageModel
 from visproj.vlm.photographs import read_rgb
 from visproj.vlm.preparing import DialogueEncoder, prepare
@@ -127,7 +127,7 @@ def batches(data: str, model: VisualLanguageModel, workers: int) -> Iterator[dic
     else:
         prepared = prepare(source, "train", Columns(), PROMPT, encode)
         samples = Samples(prepared, encode, read)
-    return iter(DataLoader(samples, 8, num_workers=workers, collate_fn=Collator()))
+    return iter(DataLoader(samples, 8, num_workers=workers, collate_fn=collate))
 
 
 def loaded_per_second(data: str, model: VisualLanguageModel, workers: int, count: int) -> float:

@@ -1,6 +1,5 @@
 """``visproj train`` as a command, alone or under a launcher, between tiny models on disk."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from vlm.test_moved_models import write_encoder
 from vlm.tiny import tiny_language_model, tiny_tokenizer
 from vlm.training_models import write_dialogues
 
@@ -16,29 +15,11 @@ from visproj.vlm.pretrained import load_pretrained
 
 ROOT = Path(__file__).parent.parent.parent
 RATE = 0.002
-RECIPE = {
-    "image_processor_type": "CLIPImageProcessor",
-    "crop_size": {"height": 16, "width": 16},
-    "size": {"shortest_edge": 16},
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
 
 def write_models(folder):
     """A tiny CLIP, a tiny Llama and LLaVA's JSON with several images and turns."""
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-    )
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        CLIPVisionModel(config).save_pretrained(folder / "clip")
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(RECIPE))
+    write_encoder(folder / "clip")
     tiny_language_model().save_pretrained(folder / "llama")
     tiny_tokenizer().save_pretrained(folder / "llama")
     write_dialogues(folder / "data", 17)

@@ -120,7 +120,6 @@ def deepspeed(folder, stage):
 @pytest.mark.parametrize("kind", KINDS)
 def test_deepspeed(models, alone, tmp_path, kind, stage):
     """Stopped while the last checkpoint is written, and resumed."""
-    pytest.importorskip("deepspeed")
     out = tmp_path / "out"
     chosen = (*arguments(kind), "--save-steps", 2, *deepspeed(tmp_path, stage))
     succeeded(train(models, out, *chosen, processes=2))

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from vlm.tiny import tiny_model, tiny_photograph
 from vlm.training_models import dialogue
 
-from visproj.vlm.loading import Collator, Example, Picture, encoded
+from visproj.vlm.loading import Example, Picture, collate, encoded
 from visproj.vlm.preparing import DialogueEncoder
 from visproj.vlm.samples import Columns, read_sample
 from visproj.vlm.trainer import load_projector
@@ -29,7 +29,7 @@ def collated(model, step, share=slice(None)):
         images = [tiny_photograph(100 * step + 10 * number + k) for k in range(number % 3)]
         pictures = [Picture(pixels, "") for pixels in model.encoder.preprocess(images)]
         examples.append(Example(encode(sample, len(images))[0], pictures, []))
-    batch = Collator()(examples)
+    batch = collate(examples)
     del batch["faults"]
     features = encoded(batch.pop("contents"), batch.pop("digests"), model, None)
     return {"features": features, **batch}

@@ -18,13 +18,13 @@ from visproj.vlm.compose import IGNORE_INDEX
 from visproj.vlm.features import FeatureShards
 from visproj.vlm.loading import (
     TRIES,
-    Collator,
     Example,
     Picture,
     PictureReader,
     Samples,
     StreamedSamples,
     Views,
+    collate,
     encoded,
 )
 from visproj.vlm.preparing import DialogueEncoder, prepare
@@ -154,7 +154,7 @@ def test_embedded_images(tmp_path, encode):
 def test_workers_give_the_same(tmp_path, encode):
     data = samples(write_dialogues(tmp_path / "llava"), encode)
     alone, together = (
-        list(DataLoader(data, batch_size=2, collate_fn=Collator(), num_workers=workers))
+        list(DataLoader(data, batch_size=2, collate_fn=collate, num_workers=workers))
         for workers in (0, 2)
     )
     for one, other in zip(alone, together, strict=True):
@@ -218,8 +218,8 @@ def test_batches_are_padded_on_the_right():
     one = Dialogue([5, 6, 7], [-100, 6, 7], [1, 2, 3])
     other = Dialogue([8], [8], [1])
     pictures = [Picture(torch.ones(3, 2, 2), "x"), Picture(torch.zeros(4, 5), "")]
-    batch = Collator(pad_id=9)([Example(one, [], ["bad"]), Example(other, pictures, [])])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    batch = collate([Example(one, [], ["bad"]), Example(other, pictures, [])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 2, 3], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
     assert batch["images_per_sample"] == [0, 2]
@@ -229,7 +229,7 @@ def test_batches_are_padded_on_the_right():
 
 def test_the_model_takes_batches(tmp_path, encode, model, shards):
     data = samples(write_dialogues(tmp_path / "llava"), encode, shards=shards)
-    batch = Collator()([data[number] for number in range(6)])
+    batch = collate([data[number] for number in range(6)])
     contents, digests = batch.pop("contents"), batch.pop("digests")
     assert batch.pop("faults") == []
     found = model(features=encoded(contents, digests, model, shards), **batch)

@@ -14,7 +14,7 @@ from vlm.tiny import (
 
 from visproj.errors import InputError
 from visproj.vlm.language import IMAGE_TOKEN
-from visproj.vlm.loading import Collator, Example
+from visproj.vlm.loading import Example, collate
 from visproj.vlm.model import VisualLanguageModel
 
 KINDS = ("baseline", "vit", "perceiver")
@@ -54,7 +54,7 @@ def loss_of(model, features, prompts, answers):
     """Mean loss per token of a batch, one image to a prompt."""
     rows = zip(prompts, answers, strict=True)
     dialogues = [model.dialogue([prompt], [list(own)]) for prompt, own in rows]
-    batch = Collator()([Example(dialogue, [], []) for dialogue in dialogues])
+    batch = collate([Example(dialogue, [], []) for dialogue in dialogues])
     names = "input_ids", "attention_mask", "labels"
     return model(features, *(batch[name] for name in names), [1] * len(prompts))["loss"]
 

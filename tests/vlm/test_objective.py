@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from vlm.tiny import PROMPT, tiny_language_model, tiny_model, tiny_photograph
 
 from visproj.vlm.compose import IGNORE_INDEX
-from visproj.vlm.loading import Collator, Example, Picture, encoded
+from visproj.vlm.loading import Example, Picture, collate, encoded
 from visproj.vlm.objective import takes_branches, visible_tokens
 from visproj.vlm.preparing import DialogueEncoder
 from visproj.vlm.samples import Sample
@@ -34,7 +34,7 @@ def collated(model, samples, seed=0):
         images = [tiny_photograph(seed := seed + 1) for _ in range(count)]
         pictures = [Picture(pixels, "") for pixels in model.encoder.preprocess(images)]
         examples.append(Example(encode(sample, count)[0], pictures, []))
-    batch = Collator()(examples)
+    batch = collate(examples)
     del batch["faults"]
     features = encoded(batch.pop("contents"), batch.pop("digests"), model, None)
     return {"features": features, **batch}

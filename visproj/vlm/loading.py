@@ -262,33 +262,25 @@ def _streamed_images(value: Any) -> list[Path | bytes]:
     return [stored_image(entry, Path()) for entry in entries]
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Examples to one batch, padded on the right.
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """Put examples into one batch, padded on the right.
 
-    Attributes:
-        pad_id: Id at padding, which nothing reads.
+    Returns:
+        What :meth:`~visproj.vlm.model.VisualLanguageModel.forward` takes, but features. In their
+        place: ``contents``, a list of pixels ``[3, H, W]`` or features ``[S, C]``; and ``digests``
+        and ``faults``, lists of texts.
     """
-
-    pad_id: int = 0
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return what :meth:`~visproj.vlm.model.VisualLanguageModel.forward` takes, but features.
-
-        In the place of these: ``contents``, a list of pixels ``[3, H, W]`` or features ``[S, C]``;
-        and ``digests`` and ``faults``, lists of texts.
-        """
-        dialogues = [example.dialogue for example in examples]
-        pictures = [picture for example in examples for picture in example.pictures]
-        return {
-            "input_ids": _padded((dialogue.ids for dialogue in dialogues), self.pad_id),
-            "attention_mask": _padded((dialogue.branches for dialogue in dialogues), 0),
-            "labels": _padded((dialogue.labels for dialogue in dialogues), IGNORE_INDEX),
-            "images_per_sample": [len(example.pictures) for example in examples],
-            "contents": [picture.content for picture in pictures],
-            "digests": [picture.digest for picture in pictures],
-            "faults": [fault for example in examples for fault in example.faults],
-        }
+    dialogues = [example.dialogue for example in examples]
+    pictures = [picture for example in examples for picture in example.pictures]
+    return {
+        "input_ids": _padded((dialogue.ids for dialogue in dialogues), 0),  # which nothing reads
+        "attention_mask": _padded((dialogue.branches for dialogue in dialogues), 0),
+        "labels": _padded((dialogue.labels for dialogue in dialogues), IGNORE_INDEX),
+        "images_per_sample": [len(example.pictures) for example in examples],
+        "contents": [picture.content for picture in pictures],
+        "digests": [picture.digest for picture in pictures],
+        "faults": [fault for example in examples for fault in example.faults],
+    }
 
 
 def _padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:

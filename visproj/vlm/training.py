@@ -35,7 +35,14 @@ from visproj.vlm.engine import (
 from visproj.vlm.features import FeatureShards
 from visproj.vlm.figures import loss_figure, save_figure
 from visproj.vlm.language import embedding_shape, load_language_model
-from visproj.vlm.loading import Collator, PictureReader, Samples, StreamedSamples, Views
+from visproj.vlm.loading import (
+    PictureReader,
+    Samples,
+    StreamedSamples,
+    Views,
+    collate,
+    encoded,
+)
 from visproj.vlm.model import VisualLanguageModel, check_backend
 from visproj.vlm.objective import takes_branches
 from visproj.vlm.options import TrainingOptions, TrainingReport
@@ -308,7 +315,7 @@ class _Run:
             strict=self.options.strict,
             model=model,
             args=self.args,
-            data_collator=Collator(),
+            data_collator=collate,
             train_dataset=data.training,
             eval_dataset=data.held_out,
         )
@@ -460,8 +467,6 @@ def _captions(samples: Samples) -> list[tuple[list[str], list[Any]]]:
 
 
 def _features(model: VisualLanguageModel, pictures: list[Any]) -> Tensor:
-    from visproj.vlm.loading import encoded
-
     return encoded([picture.content for picture in pictures], [""] * len(pictures), model, None)
 
 
