@@ -6,6 +6,16 @@ from pathlib import Path
 from visproj.errors import MissingPackageError
 
 
+def bundled_image(name: str) -> Path:
+    """Path of an image whose name begins with that of the installed package it is in.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: As :func:`bundled_file` says.
+    """
+    package, _, inside = name.partition("/")
+    return bundled_file(package, inside)
+
+
 def bundled_file(package: str, relative: str) -> Path:
     """Path of ``relative`` inside the installed ``package``.
 

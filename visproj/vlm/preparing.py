@@ -15,7 +15,7 @@ from typing import Any
 
 from visproj.errors import InputError
 from visproj.files import cache_folder
-from visproj.vlm.bundled import bundled_file
+from visproj.vlm.bundled import bundled_image
 from visproj.vlm.compose import IGNORE_INDEX
 from visproj.vlm.model import VisualLanguageModel
 from visproj.vlm.prompts import Dialogue
@@ -316,8 +316,7 @@ class _Reader:
 
     def _existing(self, name: str) -> str:
         if self.source.bundled:
-            package, _, inside = name.partition("/")
-            return str(bundled_file(package, inside))
+            return str(bundled_image(name))
         file = self.source.images / name
         if not file.is_file():
             raise _MissingImageError(file)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from visproj.errors import InputError
 from visproj.files import cache_folder
-from visproj.vlm.bundled import bundled_file
+from visproj.vlm.bundled import bundled_file, bundled_image
 from visproj.vlm.run_folder import is_writable
 
 CAPTIONS = "captions.jsonl"
@@ -115,7 +115,10 @@ def open_source(data: str | None, images: Path | None = None, *, streaming: bool
     """
     if data is None:
         file = bundled_file("visproj", f"vlm/{CAPTIONS}")
-        return Source("the built-in photographs", file.parent, file, bundled=True)
+        source = Source("the built-in photographs", file.parent, file, bundled=True)
+        for row in source.rows():  # a package that is missing is named before models are loaded
+            bundled_image((row.values or {})["image"])
+        return source
     path = Path(data)
     if any((path / name).is_file() for name in SAVED):
         return Source(data, images or path, splits=_splits(_saved(path), data))
