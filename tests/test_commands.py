@@ -327,7 +327,7 @@ def test_train_and_chat(run, folder):
         "train", "--kind", "baseline", "--data", "data", "--out", "o", "--epochs", 1, *models
     )
     assert status == 0
-    assert stdout.endswith("projector, log and loss curve in o\n")
+    assert stdout.endswith("projector, checkpoints, log and loss curve in o\n")
     assert (folder / "o" / "projector" / "model.safetensors").is_file()
 
     question = ("--image", "data/a.png", "--max-new-tokens", 8)

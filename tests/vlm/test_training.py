@@ -384,4 +384,4 @@ def test_the_real_models_learn_two_photographs(tmp_path, monkeypatch):
     settings = TrainingSettings(epochs=2, batch=2, dtype="float32", workers=0, report_to=("csv",))
     report = run_training(TrainingOptions(tmp_path / "out", "baseline", views=4), settings)
     assert report.trained_loss < 0.9 * report.untrained_loss  # eight steps: 0.82 was seen
-    assert (report.retrieval.views, report.retrieval.captions) == (10, 8)
+    assert (report.retrieval.views, report.retrieval.captions) == (10, 6)
