@@ -1,6 +1,6 @@
-"""Measurements, each against peers in the same run."""
+"""Benchmarks of visproj and of its peers, which are measured in the same run."""
 
 import os
 
-# The profiler would otherwise announce every start and stop. Read when torch is imported.
+# Without this, the profiler logs every start and stop. torch reads it on import.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

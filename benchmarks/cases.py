@@ -1,4 +1,4 @@
-"""The registry: what is computed, who computes it, and at which shapes.
+"""The registry of benchmarks: tasks, implementations, and shapes.
 
 A new implementation is one more :class:`Implementation` in ``IMPLEMENTATIONS``. Everything else,
 the check against the oracle, the model, the timing and the report, follows from it.
@@ -58,7 +58,7 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a task is measured: encoder, language-model width, images a call, dtype's name."""
+    """The shape of a task: encoder, language-model width, images per call, name of the dtype."""
 
     encoder: Encoder
     lang_dim: int
@@ -67,7 +67,7 @@ class Shape:
 
     @property
     def heads(self) -> int:
-        """Heads of the Perceiver's attention, 128 wide as upstream has them."""
+        """Number of heads of the Perceiver's attention, each 128 wide as in upstream."""
         return max(1, self.lang_dim // 128)
 
     @property
@@ -89,15 +89,16 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A function of inputs and weights, and its truth.
+    """A function of inputs and weights, and its oracle.
 
     Attributes:
-        name: As the report has it.
+        name: Name in the report.
         reference: Builds the module whose weights every implementation gets.
-        inputs: Shapes of the inputs; the first dimension of each is the batch.
-        oracle: The output from a state dict and inputs in fp64, image by image independent.
-        input_gradients: Whether training wants gradients of the inputs. A frozen encoder's features
-            want none.
+        inputs: Returns the shapes of the inputs; the first dimension of each is the batch.
+        oracle: Computes the output from a state dict and inputs in fp64. Images are independent of
+            each other.
+        input_gradients: Whether training needs gradients of the inputs. Features of a frozen
+            encoder need none.
     """
 
     name: str
@@ -205,11 +206,11 @@ class Implementation:
     Attributes:
         task: Name of the task.
         name: ``upstream`` and ``fair`` are the baselines that speed-ups refer to.
-        build: Makes the module from a shape; it then gets the task's weights by their keys.
-        convert: What is made of that module, for forms that keep no keys.
+        build: Builds the module for a shape; it then gets the task's weights by their keys.
+        convert: Converts that module into a form with other keys, or ``None``.
         trains: Whether it has a backward.
         compiled: Whether it runs under ``torch.compile``.
-        missing: Why it cannot run in a dtype on a device, or ``None``.
+        missing: Returns why it cannot run at a shape on a device, or ``None``.
     """
 
     task: str
@@ -263,9 +264,9 @@ def _perceiver_projector(shape: Shape) -> nn.Module:
 
 
 def _no_half_on_cpu(shape: Shape, device: torch.device) -> str | None:
-    """Upstream's module takes about a minute a call there, so beating it would say nothing."""
+    """Return why upstream's module is left out: in 16 bits on a CPU a call takes about a minute."""
     if device.type == "cpu" and shape.dtype != "fp32":
-        return "upstream's module in 16 bits on a CPU is a straw man"
+        return "upstream's module in 16 bits on a CPU is too slow for a fair comparison"
     return None
 
 
@@ -283,7 +284,7 @@ def _compiled_upstream_missing(shape: Shape, device: torch.device) -> str | None
 def _peers(
     task: str, upstream: Callable[[Shape], nn.Module], fair: Callable[[Shape], nn.Module]
 ) -> list[Implementation]:
-    """Both baselines, and what ``torch.compile`` makes of them."""
+    """Return both baselines, eager and under ``torch.compile``."""
     return [
         Implementation(task, "upstream", upstream, missing=_no_half_on_cpu),
         Implementation(task, "fair", fair),
@@ -344,7 +345,7 @@ IMPLEMENTATIONS = [
 
 @dataclass(frozen=True)
 class Group:
-    """What is measured together, in turn: every implementation of a task at one shape."""
+    """All implementations of a task at one shape, which are measured in turn."""
 
     task: Task
     shape: Shape
@@ -352,7 +353,7 @@ class Group:
     compiled: bool
 
     def implementations(self) -> list[Implementation]:
-        """The entries of this task, without the compiled ones where those were not asked for."""
+        """Return the entries of this task, compiled ones only if they were requested."""
         return [
             entry
             for entry in IMPLEMENTATIONS
@@ -362,7 +363,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of what it lists; ``compiled`` says whether torch.compile takes part."""
+    """All combinations of the fields' values; ``compiled`` adds the entries of torch.compile."""
 
     encoders: tuple[str, ...]
     lang_dims: tuple[int, ...]
@@ -373,7 +374,7 @@ class Grid:
     compiled: bool = False
 
     def groups(self) -> Iterator[Group]:
-        """Groups in the order of the fields, tasks first."""
+        """Yield the groups in the order of the fields, tasks first."""
         combinations = itertools.product(
             self.tasks, self.encoders, self.lang_dims, self.batches, self.dtypes
         )
@@ -415,9 +416,9 @@ SETS: dict[str, tuple[Grid, ...]] = {
 
 
 def groups(set_name: str) -> list[Group]:
-    """The groups of a set, each once.
+    """Return the groups of a set, each once.
 
-    A shape that two grids share is measured with the modes of both and compiled if either asks.
+    A shape that two grids share is measured in the modes of both, and compiled if either is.
     """
     merged: dict[tuple[str, Shape], Group] = {}
     for grid in SETS[set_name]:

@@ -1,8 +1,8 @@
-"""What the machine does at best: bytes/s by working set, FLOP/s by dtype.
+"""The machine's peak rates, measured: bytes/s by working set, FLOP/s by dtype.
 
-A floor made of these is a bound only if nothing runs faster than they say. So each is the best of
-several ways and of all that was seen until then, and measured again beside what it is compared
-with: a CPU is shared, and its best minute may come late.
+A floor that is computed from these rates is a lower bound only if nothing runs faster. So each rate
+is the best of several methods and of all measurements so far. It is measured again next to whatever
+it is compared with, because a CPU is shared and its fastest minute may come late.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KIB = 2**10
 SMALLEST = 64 * KIB
 LARGEST = {"cpu": 2**28, "cuda": 2**31}
 SQUARES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
-# A product of more rows is not faster, and takes longer.
+# A matmul of more rows does not reach a higher rate, and takes longer.
 MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 ROUNDS = 5
 
@@ -35,8 +35,8 @@ class Ceilings:
 
     Attributes:
         device: Where they were measured.
-        memory: By size of the working set in bytes, each a power of two; bytes/s.
-        matmul: Of matrix products, by dtype; FLOP/s.
+        memory: Memory rates, bytes/s, by size of the working set in bytes, a power of two.
+        matmul: Rates of matmuls, FLOP/s, by dtype.
     """
 
     device: torch.device
@@ -45,16 +45,16 @@ class Ceilings:
     _seen: set[tuple[str, Product]] = field(default_factory=set)
 
     def measure(self, dtypes: Iterable[str]) -> None:
-        """Measure every size of working set and square products of each dtype."""
+        """Measure every size of working set, and square matmuls of each dtype."""
         self._observe_memory(_powers_of_two(SMALLEST, LARGEST[self.device.type]))
         for dtype in dtypes:
             self._observe_products(dtype, [(n, n, n) for n in SQUARES[self.device.type]])
 
     def observe(self, shape: Shape, working_sets: Iterable[int]) -> None:
-        """Measure again, at the sizes that a group has.
+        """Measure again, at the sizes of a group.
 
         Args:
-            shape: Gives the products' dtype and sizes.
+            shape: Shape of the group, for the dtype and sizes of the matmuls.
             working_sets: Bytes that the group's implementations read and write.
         """
         self._observe_memory({self._size(nbytes) for nbytes in working_sets})
@@ -66,25 +66,25 @@ class Ceilings:
     def bandwidth(self, nbytes: int) -> float:
         """Return the best rate at a working set of ``nbytes`` or more, bytes/s.
 
-        A smaller one may fit in a cache that this one does not fit in. A larger one is not faster,
-        but may have been measured at a better moment.
+        A smaller working set may fit in a cache that this one does not fit in. A larger one is not
+        faster, but may have been measured at a better moment.
         """
         size = self._size(nbytes)
         return max(rate for other, rate in self.memory.items() if other >= size)
 
     def floor_seconds(self, cost: Cost, dtype: str) -> float:
-        """Return the time below which no call of that cost was expected, s."""
+        """Return the lower bound on the time of a call of that cost, s, at these rates."""
         return cost.floor_seconds(self.matmul[dtype], self.bandwidth(cost.min_bytes))
 
     def notes(self) -> dict[str, str]:
-        """Return what a report says of them."""
+        """Return the notes for a report."""
         sizes = sorted(self.memory)
         rates = [f"{_bytes_text(n)} {self.bandwidth(n) / 1e9:.1f} GB/s" for n in sizes]
         products = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.matmul.items()]
         return {"best memory": ", ".join(rates), "best matmul": ", ".join(products)}
 
     def _size(self, nbytes: int) -> int:
-        """The power of two at or below ``nbytes``, within what is measured."""
+        """Return the power of two at or below ``nbytes``, within the measured sizes."""
         size = 2 ** max(0, nbytes.bit_length() - 1)
         return min(max(size, SMALLEST), LARGEST[self.device.type])
 
@@ -114,7 +114,7 @@ class Ceilings:
             self.matmul[dtype] = max(rate, self.matmul.get(dtype, 0.0))
 
     def _is_settled(self, kind: str, sizes: Product) -> bool:
-        """Whether it was measured and will not change: nobody else loads a GPU."""
+        """Return whether it was measured and will not change: a GPU is not shared."""
         seen = (kind, sizes) in self._seen
         self._seen.add((kind, sizes))
         return seen and self.device.type == "cuda"
@@ -125,7 +125,7 @@ class Ceilings:
 
 
 def _memory_calls(a: Tensor, b: Tensor) -> dict[str, Call]:
-    """Read one and write the other, read both, read both and write one."""
+    """Return three calls: read one and write the other; read both; read both and write one."""
     return {
         "copy": lambda _: b.copy_(a),
         "dot": lambda _: torch.dot(a, b),

@@ -1,4 +1,4 @@
-"""No time without the right result: every implementation against the oracle in fp64."""
+"""The check before timing: every implementation is compared with the oracle in fp64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Shape, Task
 
-# Largest relative error of a row, see :func:`row_error`: two to twenty times what plain PyTorch was
-# seen to have on a CPU, the twice being probabilities in bf16. A missing row has an error of 1.
+# Limits of a row's relative error (:func:`row_error`): two to twenty times the errors of plain
+# PyTorch on a CPU. The factor is two for probabilities in bf16. A missing row has an error of 1.
 OUTPUT_LIMIT = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 GRADIENT_LIMIT = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 1.5e-1}
-# Multiply-adds of a forward in fp64 that the truth may take: seconds on two cores, and on a GPU
-# for games, which is a sixty-fourth as fast in fp64 as in fp32.
+# The most multiply-adds of the oracle's forward in fp64. They take seconds on two cores, and on a
+# GPU for games, whose fp64 rate is 1/64 of its fp32 rate.
 BUDGET = {"cpu": 3e10, "cuda": 4e11}
 
 
@@ -29,7 +29,7 @@ class Truth:
         gradient: The output's gradient ``[B, ...]``, random for those images and zero for others,
             so that weights of a whole batch get the gradients of those images.
         output: ``[images, ...]``.
-        gradients: By the name of a weight, or ``input 0`` and on.
+        gradients: Gradients by the name of a weight, or ``input 0``, ``input 1``, and so on.
     """
 
     images: list[int]
@@ -40,7 +40,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of an implementation, and why it fails, if it does."""
+    """The errors of an implementation, and the reason why it fails, or ``None``."""
 
     output_error: float | None = None
     gradient_error: float | None = None
@@ -48,9 +48,10 @@ class Verdict:
 
 
 def checked_images(batch: int, flops: int, device: torch.device) -> list[int]:
-    """As many images as the budget allows of a batch that takes ``flops`` forward; the last always.
+    """Return the indices of the images to compare: as many as the budget allows, always the last.
 
-    Images do not depend on each other, so the whole batch runs and a part of it is compared.
+    ``flops`` is the cost of a forward of the whole batch. Images do not depend on each other, so
+    the whole batch runs and only some of its images are compared.
     """
     count = int(batch * BUDGET[device.type] / max(1, flops / 2))
     return [*range(min(batch, max(1, count)) - 1), batch - 1]
@@ -89,9 +90,9 @@ def check(
 
     Args:
         call: A module, compiled or not.
-        weights: Its parameters by the names that the truth has.
-        inputs: Requiring gradients where their gradients count.
-        truth: Of the same inputs and weights.
+        weights: Its parameters by their names in the truth.
+        inputs: The inputs; those whose gradients are compared require gradients.
+        truth: The oracle's results for the same inputs and weights.
         dtype: Name of the dtype, for the limits.
         trains: Whether gradients are compared.
     """
@@ -107,7 +108,8 @@ def check(
     for name, got in zip(leaves, found, strict=True):
         right = truth.gradients[name]
         got = got[truth.images] if name.startswith("input") else got
-        # Softmax ignores a bias of the keys: its gradient is zero, and noise has no relative error.
+        # A bias of the keys cancels in the softmax. Its gradient is zero, so that a relative error
+        # has no meaning.
         is_zero = _rms(right) < 1e-9 * usual
         errors[name] = _rms(got) / usual if is_zero else row_error(got, right)
     worst = max(errors, key=lambda name: errors[name])
@@ -116,9 +118,9 @@ def check(
 
 
 def row_error(got: Tensor, truth: Tensor) -> float:
-    """Largest ``rms(got - truth) / rms(truth)`` over the rows, infinite if anything is not finite.
+    """Return the largest ``rms(got - truth) / rms(truth)`` of a row, infinite if not finite.
 
-    A row whose truth is smaller than the rms of the whole is measured by the latter.
+    For a row whose rms is smaller than that of the whole tensor, the latter is the divisor.
     """
     if got.shape != truth.shape:
         return float("inf")

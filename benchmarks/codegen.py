@@ -1,9 +1,9 @@
-"""What the compiler makes of every shipped configuration, read without a GPU.
+"""The compiled code of every shipped configuration, checked without a GPU.
 
 ``python -m benchmarks.codegen`` compiles each kernel through its own launcher, at the shapes of a
-Perceiver between CLIP-L and a 4096-wide language model, for architectures that need not be there,
-and prints registers, spills, shared memory, blocks an SM and matrix instructions. It fails where a
-bar does not hold; the bars are :func:`complaints`.
+Perceiver between CLIP-L and a 4096-wide language model. The architectures need not be present. It
+prints registers, spills, shared memory, blocks per SM and matrix instructions, and fails if a
+requirement is not met. The requirements are those of :func:`complaints`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ EXAMPLES = REFERENCE | _WIDE | _OTHERS
 
 @dataclass(frozen=True)
 class Limits:
-    """Shared memory of an SM and of one block on request, in bytes, and warps an SM."""
+    """Shared memory per SM and, at most, per block, in bytes, and warps per SM."""
 
     shared: int
     block: int
@@ -88,20 +88,20 @@ class Row:
     """One compiled kernel.
 
     Attributes:
-        kernel: Its name in the table of configurations, or of a row kernel.
+        kernel: Name of the example in the registry.
         arch: Compute capability, 80 for 8.0.
-        dtype: Of the operands.
-        precision: ``tf32`` or ``ieee`` for fp32 products.
-        config: As the table has it; empty for a row kernel.
-        first: Whether it is the first choice of its style.
-        width: Head width, 0 where there is none.
-        registers: A thread.
-        stack: Bytes a thread; spills are part of it.
-        shared: Bytes a block.
+        dtype: Dtype of the operands.
+        precision: ``tf32`` or ``ieee`` for fp32 matmuls.
+        config: Configuration as in the table; empty for a kernel without configurations.
+        first: Whether it is the first configuration with pointers, or with descriptors.
+        width: Head width, 0 if there is none.
+        registers: Registers per thread.
+        stack: Bytes of stack per thread, spills included.
+        shared: Bytes of shared memory per block.
         tensor_memory: Columns of sm_100's tensor memory.
-        blocks: Blocks an SM, as far as registers, shared memory and warps allow.
+        blocks: Blocks per SM that registers, shared memory and warps allow.
         instructions: How often each instruction of interest occurs.
-        seconds: What compiling took.
+        seconds: Time of the compilation, s.
     """
 
     kernel: str
@@ -120,13 +120,13 @@ class Row:
     instructions: dict[str, int] = field(default_factory=dict)
 
     def count(self, instruction: str) -> int:
-        """How often it occurs."""
+        """Return how often an instruction occurs."""
         return self.instructions.get(instruction, 0)
 
 
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any, float]]]:
-    """Inside, launching a kernel compiles it for ``target`` and appends what came of it."""
+    """Inside the block, a launch only compiles its kernel for ``target`` and appends the result."""
     compiled: list[tuple[str, Any, float]] = []
     run = JITFunction.run
 
@@ -162,7 +162,7 @@ def call(kernel: str, dtype: str) -> None:
 
 
 def read(kernel: Any, arch: int) -> dict[str, Any]:
-    """Resources and instructions of a compiled kernel, from the tools that triton ships."""
+    """Return resources and instructions of a compiled kernel, from the tools that triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -181,7 +181,8 @@ def read(kernel: Any, arch: int) -> dict[str, Any]:
     counts["LDG.128"] = sum(name == "LDG" and ".128" in rest for name, rest in opcodes)
     kept = {name: n for name, n in counts.items() if n and (name in _SHOWN or "MMA" in name)}
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    allocated = -(-resources["REG"] * 32 // 256) * 256 * warps  # registers, by 256 a warp
+    # Registers are allocated in units of 256 per warp.
+    allocated = -(-resources["REG"] * 32 // 256) * 256 * warps
     limits = LIMITS[arch]
     return {
         "registers": resources["REG"],
@@ -199,10 +200,10 @@ _SHOWN = {"LDL", "STL", "LDGSTS", "UTMALDG", "UTMASTG", "FFMA", "LDG", "LDG.128"
 def compile_row(
     kernel: str, arch: int, dtype: str, config: Config | None, first: bool, precision: str
 ) -> Row:
-    """Compile one kernel with one configuration and read what came of it.
+    """Compile one kernel with one configuration, and read its resources and instructions.
 
     Raises:
-        RuntimeError: If it does not compile; the message has the configuration.
+        RuntimeError: If it does not compile; the message states the configuration.
     """
     _set_precision(precision)
     only = mock.patch.object(configs, "candidates", return_value=(config,))
@@ -229,7 +230,7 @@ def _set_precision(precision: str) -> None:
 def jobs(
     archs: list[int], dtypes: list[str], first_only: bool
 ) -> Iterator[tuple[str, int, str, Config | None, bool, str]]:
-    """Arguments of :func:`compile_row`: every shipped configuration, and the row kernels."""
+    """Yield arguments of :func:`compile_row`: shipped configurations, and kernels without one."""
     for dtype in dtypes:
         precisions = ("ieee", "tf32") if dtype == "fp32" else ("ieee",)
         for arch in archs:
@@ -251,7 +252,8 @@ def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
     """Compile a kernel's default configuration for AMD's gfx942.
 
     Returns:
-        Bytes of shared memory, of which there are :data:`AMD_SHARED`, and matrix instructions.
+        Bytes of shared memory (there are :data:`AMD_SHARED`), and the number of matrix
+        instructions.
     """
     _set_precision("tf32")
     default: tuple[Config | None, ...] = (None,)
@@ -266,7 +268,7 @@ def compile_amd(kernel: str, dtype: str) -> tuple[int, int]:
 
 
 def complaints(row: Row) -> list[str]:
-    """The bars that a compiled kernel misses, each as a sentence with its figures."""
+    """Return the requirements that a compiled kernel does not meet, with their figures."""
     found = []
 
     def want(holds: bool, bar: str) -> None:
@@ -276,9 +278,9 @@ def complaints(row: Row) -> list[str]:
     limits = LIMITS[row.arch]
     want(row.stack == 0, f"{row.stack} bytes of stack")
     want(row.count("LDL") + row.count("STL") == 0, "spills")
-    want(row.shared <= limits.block, f"{row.shared} bytes of shared memory of {limits.block}")
+    want(row.shared <= limits.block, f"{row.shared} bytes of shared memory above {limits.block}")
     want(row.blocks >= 1, "no block fits an SM")
-    want(row.tensor_memory <= 512, f"{row.tensor_memory} columns of tensor memory")
+    want(row.tensor_memory <= 512, f"{row.tensor_memory} columns of tensor memory above 512")
     if not row.config:
         narrow_loads = not EXAMPLES[row.kernel].wide_loads
         want(narrow_loads or row.count("LDG.128") > 0, "no 128-bit loads")
@@ -288,7 +290,8 @@ def complaints(row: Row) -> list[str]:
         want(matrix == 0, "tensor cores in an ieee product")
         return found
     want(matrix > 0, "no matrix instruction")
-    # Above a head of 128, pointers may take tiles of 32 rows so as not to spill: mma.sync only.
+    # For heads wider than 128, configurations with pointers may have tiles of 32 rows to avoid
+    # spills. These have mma.sync only.
     narrow = row.width > 128 and row.config.endswith("pointers")
     if row.arch in (90, 100) and row.dtype != "fp32" and not narrow:
         want(row.count("HMMA") == 0, f"{row.count('HMMA')} HMMA instead of wgmma or tcgen05")
@@ -297,7 +300,7 @@ def complaints(row: Row) -> list[str]:
 
 
 def _products(row: Row) -> list[tuple[int, int, int]]:
-    """Rows, columns and depth of the products of one pass through the loop."""
+    """Return rows, columns and depth of each matmul in one iteration of the loop."""
     example = EXAMPLES[row.kernel]
     blocks = map(int, row.config.split("/")[0].split("x"))
     sizes = dict(zip(example.tile, blocks, strict=True)) | {"d": 128 if row.width <= 128 else 256}
@@ -305,7 +308,7 @@ def _products(row: Row) -> list[tuple[int, int, int]]:
 
 
 def _product_complaints(row: Row) -> list[str]:
-    """Bars on the instructions of 16-bit products."""
+    """Return the requirements on the instructions of 16-bit matmuls that are not met."""
     products, operands = _products(row), EXAMPLES[row.kernel].descriptors
     warps = int(row.config.split("/")[1].split("w")[0])
     descriptors = row.config.endswith("descriptors")
@@ -325,7 +328,7 @@ def _product_complaints(row: Row) -> list[str]:
             found.append("no HGMMA")
         blocks = EXAMPLES[row.kernel].blocks
         if row.blocks < blocks and row.first and descriptors:
-            found.append(f"{row.blocks} block an SM instead of {blocks}")
+            found.append(f"{row.blocks} block per SM instead of {blocks}")
     elif row.arch == 100:
         least = products[0][2] // 16 if len(products) == 1 else 12
         if row.count("UTCHMMA") < least:
@@ -338,7 +341,7 @@ def _product_complaints(row: Row) -> list[str]:
 
 
 def _part(text: str) -> tuple[int, int]:
-    """``I/N`` with I below N."""
+    """Parse ``I/N`` with I below N."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     index, parts = map(int, found.groups()) if found else (0, 0)
     if index >= parts:
@@ -347,18 +350,26 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print a table, and return 1 if a bar does not hold.
+    """Compile, print a table, and return 1 if a requirement is not met.
 
     Raises:
         InputError: If options exclude each other.
-        OSError: If the file cannot be written; noticed before anything is compiled.
+        OSError: If the file cannot be written; this is checked before anything is compiled.
     """
     parser = Parser("python -m benchmarks.codegen", __doc__)
     several: dict[str, Any] = {"action": "append"}
-    parser.add_argument("--arch", type=int, choices=LIMITS, help="repeat for more", **several)
-    parser.add_argument("--dtype", choices=DTYPES, help="repeat for more", **several)
-    parser.add_argument("--first", action="store_true", help="only the first choices")
-    parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: every N-th kernel from I")
+    parser.add_argument(
+        "--arch", type=int, choices=LIMITS, help="architecture; repeat for more", **several
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype; repeat for more", **several)
+    parser.add_argument(
+        "--first",
+        action="store_true",
+        help="only the first configuration with pointers and the first with descriptors",
+    )
+    parser.add_argument(
+        "--part", type=_part, default=(0, 1), help="I/N: compile every N-th kernel from the I-th on"
+    )
     parser.add_argument("--out", type=Path, help="file for JSON lines, one per kernel")
     parser.add_argument("--amd", action="store_true", help="compile for gfx942 instead")
     options = parser.parse_args(arguments)
@@ -394,7 +405,7 @@ def _amd(dtypes: list[str]) -> int:
 
 def _table(rows: Sequence[tuple[Row, list[str]]]) -> Table:
     table = Table("kernel", "sm", "dtype", "configuration", "registers", "stack", "shared KiB")
-    for column in ("blocks an SM", "matrix instructions", "s", "complaints"):
+    for column in ("blocks per SM", "matrix instructions", "s", "complaints"):
         table.add_column(column)
     for row, wrong in rows:
         matrix = {name: n for name, n in row.instructions.items() if "MMA" in name}

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: bad input is one line on stderr, before any work."""
+"""Functions that the commands of this folder share; bad input gives one line on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visproj.errors import MissingPackageError, VisprojError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line; full option names only."""
+    """An argument parser that reports errors in one line and takes full option names only."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(
@@ -27,14 +27,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print the complaint and exit with 2."""
+        """Print the error and exit with 2."""
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a command and exit with its status.
 
-    What its user caused becomes one line and status 1; Ctrl-C one line and status 130.
+    An error that the user caused is printed as one line, with status 1. Ctrl-C gives one line and
+    status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -71,7 +72,7 @@ def positive_int(text: str) -> int:
 
 
 def finite(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """A parser of finite numbers of at least ``least``, or ``above`` it."""
+    """Return a parser of finite numbers that are at least ``least``, or with ``above`` greater."""
     wanted = f"a number {'above' if above else 'of at least'} {least:g}"
 
     def parse(text: str) -> float:
@@ -90,7 +91,7 @@ def check_folder(folder: Path) -> None:
     """Raise unless files can be written into ``folder``, which need not exist yet.
 
     Raises:
-        OSError: If it is something else, cannot be made or cannot be written to.
+        OSError: If it is not a folder, cannot be created or cannot be written to.
     """
     existing = folder
     while not existing.exists() and existing != existing.parent:

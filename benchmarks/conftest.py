@@ -1,4 +1,4 @@
-"""One process, and which set of cases."""
+"""pytest's options for the benchmarks: one process, and the set of cases."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--set",
         dest="case_set",
         choices=SETS,
-        help="cases beside the smoke set; by default none on a CPU, quick on a GPU",
+        help="set to measure after the smoke set; by default none on a CPU, quick on a GPU",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Processes beside each other would measure each other, so pytest-xdist stays out."""
+    """Switch pytest-xdist off: processes that run at the same time disturb each other's times."""
     config.option.numprocesses = 0
     config.option.dist = "no"
     config.option.tx = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test an implementation, shape and mode, in the order that groups are measured in."""
+    """Make one test per implementation, shape and mode, in the order of the groups."""
     from benchmarks.test_projectors import cases
 
     asked = metafunc.config.option.case_set or ("quick" if torch.cuda.is_available() else "smoke")

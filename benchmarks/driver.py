@@ -1,4 +1,4 @@
-"""A driver for a device that is not there: kernels compile for it, and launches go nowhere."""
+"""A Triton driver for a device that is absent: kernels are compiled for it, launches do nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from triton.backends.compiler import GPUTarget
 
 
 class AbsentDriver:
-    """As much of Triton's driver as compiling and launching need.
+    """The part of Triton's driver interface that compiling and launching need.
 
     Args:
-        target: What kernels are compiled for.
+        target: Target that kernels are compiled for.
         launched: Called with the arguments of every launch, those of the kernel last.
     """
 
@@ -24,29 +24,29 @@ class AbsentDriver:
         self.utils = self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What a compiled kernel calls to launch."""
+        """Return the function that a compiled kernel calls to launch."""
         return self._launched
 
     def load_binary(self, *binary: object) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills and most threads."""
+        """Return module, function, registers, spills and the maximum number of threads."""
         return 1, 1, 0, 0, 1024
 
     def is_active(self) -> bool:
-        """It is the one that Triton uses."""
+        """Return that Triton uses this driver."""
         return True
 
     def get_current_target(self) -> GPUTarget:
-        """What kernels are compiled for."""
+        """Return the target that kernels are compiled for."""
         return self._target
 
     def get_current_device(self) -> str:
-        """A device of its own for every target, so that each has its own compiled kernels."""
+        """Return a device per target, so that each target has its own compiled kernels."""
         return f"{self._target.backend}{self._target.arch}"
 
     def get_current_stream(self, device: object = None) -> int:
-        """The default stream."""
+        """Return the default stream."""
         return 0
 
     def get_device_properties(self, device: object = None) -> dict[str, int]:
-        """Enough of everything."""
+        """Return properties that are large enough for every kernel."""
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132, "warpSize": 32}

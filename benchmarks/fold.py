@@ -1,10 +1,9 @@
-"""What folding buys on this machine's CPU: ``python -m benchmarks.fold``.
+"""The gain from folding on this machine's CPU: ``python -m benchmarks.fold``.
 
-Of the Perceiver, or with ``--model`` of another model's resampler as it is published.
-
-Time as ratios of paired runs, memory as the peak above the weights in a process of its own,
-multiply-adds from torch's flop counter, errors against the fp64 oracle. What the Triton kernels
-would do is counted on paper, and their errors are those of interpreting them.
+Measures the Perceiver, or with ``--model`` another model's published resampler. Prints times as
+ratios of paired runs, peak memory above the weights in a process of its own, multiply-adds from
+torch's FLOP counter, and errors against the fp64 oracle. FLOPs and bytes of the Triton kernels are
+counted, not measured; their errors are measured in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # PyTorch's paths, which are timed, do not notice
+    os.environ["TRITON_INTERPRET"] = "1"  # does not affect PyTorch's paths, which are timed
 
 import torch
 from rich.console import Console
@@ -46,7 +45,7 @@ console = Console(width=120)
 
 
 def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The same weights three ways; upstream's module only in fp32, where that is fair."""
+    """Return modules with the same weights; upstream's only in fp32, where that is fair."""
     torch.manual_seed(0)
     projector = PerceiverProjector(width, lang_dim).to(dtype)
     built: dict[str, nn.Module] = {"fair": projector, "folded": fold(projector)}
@@ -58,7 +57,7 @@ def peers(width: int, lang_dim: int, dtype: torch.dtype) -> dict[str, nn.Module]
 
 
 def inputs(batch: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Features of one batch, CLS first."""
+    """Return the features of one batch, CLS first."""
     return torch.randn(batch, 1 + TOKENS, width).to(dtype)
 
 
@@ -67,15 +66,16 @@ def _caller(module: Callable[..., object], *x: Tensor) -> measure.Call:
 
 
 def multiply_adds(module: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of one call."""
+    """Count the multiply-adds of one call."""
     return model.costs(module, [x], trains=False)["forward"].flops / 2
 
 
 def peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
-    """Peak memory of one call above what was resident before it, in a process of its own.
+    """Measure the peak memory of one call above the resident memory before it, in a new process.
 
-    There malloc maps every larger tensor by itself and returns it when it is freed. Left to its
-    heap it keeps some, others each time: runs of one module then differ by up to 64 MiB.
+    In that process malloc maps every larger tensor separately, and returns its memory when it is
+    freed. By default it keeps some freed memory, not the same in every run: runs of one module then
+    differ by up to 64 MiB.
     """
     command = [sys.executable, "-m", "benchmarks.fold", "--measure-memory", name]
     command += ["--batch", str(batch)] + (["--model", model_name] if model_name else [])
@@ -91,9 +91,9 @@ def peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
 
 
 def own_peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
-    """What :func:`peak_mib` starts. Linux only: it resets the kernel's high-water mark.
+    """Measure :func:`peak_mib` in this process. Linux only: it resets the kernel's high-water mark.
 
-    What was freed before goes back to the system first, else the call would find it there.
+    Memory that was freed before is returned to the system first. Otherwise the call would reuse it.
     """
 
     def status(field: str) -> int:
@@ -118,7 +118,7 @@ def own_peak_mib(name: str, batch: int, model_name: str | None = None) -> float:
 
 
 def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
-    """Error of upstream's module and the folded ones at a small width, mean over four seeds."""
+    """Return the errors of upstream's and the folded modules at a small width, mean of 4 seeds."""
     found: dict[str, list[float]] = {"upstream": [], "folded": [], "folded, Triton": []}
     for seed in range(4):
         torch.manual_seed(seed)
@@ -138,11 +138,11 @@ def errors(dtype: torch.dtype, outliers: bool) -> dict[str, float]:
 
 
 def time_table(batch: int, pairs: int, runtimes: bool) -> Table:
-    """Medians and ratios of paired runs; with ``runtimes`` also of what compilers make of fp32."""
+    """Return medians and ratios of paired runs; with ``runtimes`` also of compilers, in fp32."""
     table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, batch {batch}")
     table.add_column("dtype")
     table.add_column("module")
-    for heading in ("s", "upstream / it", "fair / it", "G multiply-adds\nan image"):
+    for heading in ("s", "upstream / it", "fair / it", "GMACs\nper image"):
         table.add_column(heading, justify="right")
     for dtype in (torch.float32, torch.bfloat16):
         modules = peers(CLIP_L, LLAMA_7B, dtype)
@@ -172,7 +172,7 @@ def time_table(batch: int, pairs: int, runtimes: bool) -> Table:
 
 
 def ratio(other: list[float] | None, own: list[float]) -> str:
-    """Median of the paired ratios with the smallest and the largest."""
+    """Return the median of the paired ratios, with the smallest and the largest."""
     if other is None:
         return "-"
     ratios = [a / b for a, b in zip(other, own, strict=True)]
@@ -180,12 +180,12 @@ def ratio(other: list[float] | None, own: list[float]) -> str:
 
 
 def model_table(name: str, batch: int, pairs: int) -> Table:
-    """Medians and ratios of paired runs of another model's resampler, and differences."""
+    """Return medians and ratios of paired runs of another model's resampler, and differences."""
     tokens, form = models.MODELS[name].tokens, models.chosen(name)
-    table = Table(title=f"{name}, {batch} images of {tokens} tokens; fold takes {form}")
+    table = Table(title=f"{name}, {batch} images of {tokens} tokens; fold chooses {form}")
     table.add_column("dtype")
     table.add_column("module")
-    for heading in ("ms", "published / it", "difference", "G multiply-adds\nan image"):
+    for heading in ("ms", "published / it", "difference", "GMACs\nper image"):
         table.add_column(heading, justify="right")
     for dtype in (torch.float32, torch.bfloat16):
         modules = models.modules(name, dtype)
@@ -209,7 +209,7 @@ def model_table(name: str, batch: int, pairs: int) -> Table:
 
 
 def packed_table(pairs: int) -> Table:
-    """Images of different sizes packed, against the same padded to the largest with a mask."""
+    """Return times of images of different sizes, packed, and padded to the largest with a mask."""
     table = Table(title=f"Images of {PACKED_LENGTHS} tokens in one batch, fp32")
     for heading in ("module", "padded s", "packed s", "padded / packed"):
         table.add_column(heading, justify="right")
@@ -231,7 +231,7 @@ def packed_table(pairs: int) -> Table:
 
 
 def memory_table(batch: int, name: str | None = None) -> Table:
-    """Peak memory above the weights."""
+    """Return the peak memory above the weights, by module."""
     table = Table(title=f"Peak memory above the weights, fp32, batch {batch}", title_justify="left")
     table.add_column("module")
     table.add_column("MiB", justify="right")
@@ -242,7 +242,7 @@ def memory_table(batch: int, name: str | None = None) -> Table:
 
 
 def error_table() -> Table:
-    """Relative rms error against the fp64 oracle."""
+    """Return the relative rms errors against the fp64 oracle."""
     table = Table(title="Relative rms error against fp64, C 128, D 512, mean of 4 seeds")
     for heading in ("dtype", "features", "upstream", "folded", "folded, Triton (interpreted)"):
         table.add_column(heading)
@@ -258,7 +258,7 @@ def error_table() -> Table:
 
 
 def triton_tables() -> Iterator[Table]:
-    """What the kernels launch, compute and move, counted; for one image and for eight."""
+    """Yield the counted launches, FLOPs and bytes of the kernels, for one image and for eight."""
     projector = PerceiverProjector(CLIP_L, LLAMA_7B)
     folded = fold(projector, dtype=torch.bfloat16)
     for batch in (1, 8):
@@ -278,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BackendError: On another system than Linux, whose kernel reports peak memory.
     """
     parser = Parser("python -m benchmarks.fold", __doc__)
-    parser.add_argument("--batch", type=positive_int, help="images per call; 8 for the Perceiver")
+    parser.add_argument(
+        "--batch", type=positive_int, help="images per call; by default 8 for the Perceiver"
+    )
     parser.add_argument("--model", choices=models.MODELS, help="another model's resampler")
     parser.add_argument(
         "--pairs", type=positive_int, default=7, help="paired runs; the median is shown"
@@ -286,10 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runtimes",
         action="store_true",
-        help="also torch.compile and, where installed, onnxruntime and OpenVINO",
+        help="also time torch.compile and, if they are installed, onnxruntime and OpenVINO",
     )
     parser.add_argument(
-        "--packed", action="store_true", help="images of different sizes, packed against padded"
+        "--packed", action="store_true", help="time images of different sizes, packed and padded"
     )
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -313,8 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(memory_table(batch, name))
         return 0
     console.print(
-        "upstream: DeepSpeed-VisualChat's arithmetic, queries projected per image, attention maps "
-        "through memory.\nfair: the same weights in visproj's plain module, SDPA, queries once."
+        "upstream: DeepSpeed-VisualChat's arithmetic; queries are projected once per image, and "
+        "attention maps are written to memory.\nfair: the same weights in visproj's plain module, "
+        "with SDPA and queries projected once per call."
     )
     console.print(time_table(batch, options.pairs, options.runtimes))
     console.print(memory_table(batch))

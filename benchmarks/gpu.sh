@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a machine with an NVIDIA GPU can show, in one folder: benchmarks/gpu.sh [options]
+# Run the tests and benchmarks on an NVIDIA GPU, results in one folder: benchmarks/gpu.sh [options]
 #
 #   --full        all shapes instead of the quick set, without a time limit
 #   --out DIR     folder for the results (default visproj-bench)
-#   --set NAME    a set of benchmarks/cases.py; with "smoke" it can be tried on a CPU
+#   --set NAME    a set of benchmarks/cases.py; "smoke" also runs on a CPU
 #   --tests PATH  tests to run (default tests)
 #
-# Needs PyTorch and pytest, no network. What is missing beside them is left out and said so.
+# Needs PyTorch and pytest, no network. Prints other missing packages and leaves out their tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,14 +37,14 @@ if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/
     gpu=yes
     arguments+=(--graphs)
 fi
-# Bad options are noticed now, not after the tests: --help is read last.
+# This checks the options before the tests run: --help is read last.
 "$python" -m benchmarks.report "${arguments[@]}" --help >/dev/null || exit
 mkdir -p "$out" || exit
 failed=()
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
-# step NAME COMMAND...: output into a file of that name; a failure is remembered and the rest goes on.
+# step NAME COMMAND...: write the output to NAME.log; record a failure and go on.
 step() {
     local name=$1 && shift
     printf '== %s (%s s)\n' "$name" "$SECONDS"
@@ -54,7 +54,7 @@ step() {
     fi
 }
 
-# Test files that import what is not here cannot run.
+# Leave out test files that import packages that are not installed.
 ignored=()
 for package in typer rich matplotlib hypothesis sklearn onnxruntime safetensors xdist; do
     has "$package" && continue
@@ -65,12 +65,12 @@ for package in typer rich matplotlib hypothesis sklearn onnxruntime safetensors 
 done
 step install "$python" -m pip install -e . --no-deps --no-build-isolation
 
-# Kernels compile on the CPU, one process a core up to 8; the GPU's memory is shared among them.
+# Kernels compile on the CPU: one process per core, up to 8, which share the GPU's memory.
 cores=$(nproc)
 workers=$((cores < 8 ? cores : 8))
 parallel=(-o "addopts=--strict-markers --import-mode=importlib")
 has xdist && parallel+=(-n "$workers")
-# run_tests NAME SECONDS ARGUMENTS...: what is out of time is interrupted, so that it sums up.
+# run_tests NAME SECONDS ARGUMENTS...: interrupt pytest after SECONDS, so that it still sums up.
 run_tests() {
     local name=$1 seconds=$2 && shift 2
     step "$name" timeout -s INT -k 30 "$seconds" "$python" -m pytest "$tests" "$@" -q \
@@ -78,7 +78,7 @@ run_tests() {
         --continue-on-collection-errors ${ignored[@]+"${ignored[@]}"}
     tail -n 5 "$out/$name.log"
 }
-# What only a GPU shows comes first.
+# Tests that need a GPU come first.
 [ -n "$gpu" ] && run_tests gpu-tests 240 -m gpu
 run_tests tests 200
 

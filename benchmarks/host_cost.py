@@ -1,9 +1,9 @@
-"""What a call costs the host: ``python -m benchmarks.host_cost``, without a GPU.
+"""The host time of a call: ``python -m benchmarks.host_cost``, without a GPU.
 
-The kernels are compiled for an H100 and launched by a driver that does nothing: what is timed is
-all that Python and PyTorch do before the driver, in one thread. The tensors are on the CPU and so
-small that their arithmetic does not count. That hides what a GPU's device guard, and the driver
-with its packing of arguments, would add. Upstream's eager module is timed in turn with ours.
+The kernels are compiled for an H100 and launched by a driver that does nothing. The time is that of
+everything that Python and PyTorch do before the driver, in one thread. The tensors are on the CPU
+and so small that their arithmetic takes hardly any time. Not included is what a GPU's device guard,
+and a driver that packs arguments, would add. Upstream's eager module is timed in turn with ours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REPEATS = 10
 def launching_nowhere(
     launched: Callable[..., None] = lambda *arguments: None, architecture: int = 90
 ) -> Iterator[None]:
-    """Inside, kernels launch for a GPU that is not there; ``launched`` is called instead."""
+    """Inside the block, launches for an absent GPU call ``launched`` and run no kernel."""
     target = GPUTarget("cuda", architecture, 32)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -55,7 +55,7 @@ def launching_nowhere(
             (backend, "_why_not", lambda where: None),
             (torch.cuda, "get_device_name", lambda where=None: "absent"),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (triton.testing, "do_bench", lambda run, **options: 1.0),  # the first of the choices
+            (triton.testing, "do_bench", lambda run, **options: 1.0),  # chooses the first one
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         device.architecture.cache_clear()
@@ -64,7 +64,7 @@ def launching_nowhere(
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """One image through every implementation, by name; with ", training" also backward."""
+    """Return calls with one image by name; those with ", training" include the backward."""
     x = torch.randn(1, 1 + TOKENS, WIDTH)
     projector = PerceiverProjector(WIDTH, LANG_DIM, query_grid=GRID, num_heads=HEADS)
     upstream = UpstreamPerceiver(WIDTH, LANG_DIM, HEADS, GRID)
@@ -89,10 +89,10 @@ def _trains(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The time of this thread per call, all taken in turn; the lowest tenth of the rounds."""
+    """Return the thread time per call, µs, all measured in turn: the 10th percentile of rounds."""
     for call in calls.values():
         call()
-        call()  # the second call meets what the first has settled
+        call()  # the second call uses the plans that the first has cached
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -106,7 +106,7 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table, and in the last line the ratios to upstream's eager module."""
     parser = Parser("python -m benchmarks.host_cost", __doc__)
-    parser.add_argument("--rounds", type=positive_int, default=60, help="of ten calls each")
+    parser.add_argument("--rounds", type=positive_int, default=60, help="rounds of ten calls each")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with launching_nowhere(), use_backend("triton"):

@@ -1,7 +1,8 @@
-"""Launches, FLOPs and bytes of the Perceiver on paper: ``python -m benchmarks.launches``.
+"""Counted launches, FLOPs and bytes of the Perceiver: ``python -m benchmarks.launches``.
 
-Counted on fake tensors from the code that runs, upstream's eager module beside the Triton path.
-Launches that depend on weights alone, such as the queries' projection, are counted apart.
+They are counted from the code that runs, on fake tensors, for eager modules and the Triton path.
+Launches that depend on weights alone, such as the projection of the queries, are counted
+separately.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TOKENS = 256
 
 
 def build(width: int, lang_dim: int) -> dict[str, tuple[nn.Module, str]]:
-    """Modules with memory and no values, in bf16, and the backend that each runs on."""
+    """Return modules in bf16, with uninitialised weights, and the backend that each runs on."""
     heads = max(1, lang_dim // 128)
     with torch.device("meta"):
         modules: dict[str, tuple[nn.Module, str]] = {
@@ -41,7 +42,7 @@ def build(width: int, lang_dim: int) -> dict[str, tuple[nn.Module, str]]:
 
 
 def count(batch: int, width: int = 1024, lang_dim: int = 4096) -> dict[str, dict[str, model.Cost]]:
-    """What forward and backward cost, by implementation and mode."""
+    """Return the costs of forward and backward, by implementation and mode."""
     x = torch.empty(batch, 1 + TOKENS, width, dtype=torch.bfloat16)
     found = {}
     for name, (module, backend) in build(width, lang_dim).items():
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def cost_table(
     costs: dict[str, dict[str, model.Cost]], modes: tuple[str, ...], images: int
 ) -> Table:
-    """One row for every implementation and mode; the first implementation is upstream's."""
+    """Return one row per implementation and mode; the first implementation must be upstream's."""
     table = Table(title=f"Perceiver, C 1024, D 4096, {TOKENS} tokens, bf16, batch {images}")
     columns = ("launches", "on weights alone", "GFLOP", "of upstream's", "MB")
     for column in ("", "mode", *columns):

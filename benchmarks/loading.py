@@ -1,8 +1,8 @@
-"""``python -m benchmarks.loading``: images per second of each form of data, against a plain loop.
+"""Images per second of each data format, against a plain loop: ``python -m benchmarks.loading``.
 
-The same photographs lie in every form. Loader workers decode them, cut out and normalise what the
-encoder sees and put them into batches; the plain loop decodes, cuts and normalises the same files
-in as many processes, and makes no batches.
+Every format has the same photographs. Loader workers decode, crop and normalise them for the
+encoder, and make batches. The plain loop decodes, crops and normalises the same files in as many
+processes, and makes no batches.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ FORMS = ("captions", "llava", "imagefolder", "parquet", "tar")
 
 
 class PixelsOnly(VisionEncoder):
-    """Has the preprocessing of CLIP-L/14 and no weights."""
+    """An encoder with the preprocessing of CLIP-L/14 and without weights."""
 
     name = "pixels"
     config = EncoderConfig(64, 4, 64, "gelu", 1e-5, 0.0, 224, 14)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Refuse: loading needs no features."""
+        """Raise, because loading needs no features."""
         raise NotImplementedError
 
 
 def write_forms(folder: Path, count: int) -> dict[str, str]:
-    """Write the same photographs in every form; returns what ``--data`` would name."""
+    """Write the same photographs in every format, and return the value of ``--data`` for each."""
     contents = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -117,7 +117,7 @@ def _write_shard(file: Path, contents: list[bytes], captions: list[str], shard: 
 
 
 def batches(data: str, model: VisualLanguageModel, workers: int) -> Iterator[dict[str, Any]]:
-    """Batches of a data set, as training takes them."""
+    """Return an iterator of batches of a data set, as training takes them."""
     source = open_source(data)
     encode, read = DialogueEncoder(model, None), PictureReader(model.encoder)
     samples: Any
@@ -131,7 +131,7 @@ def batches(data: str, model: VisualLanguageModel, workers: int) -> Iterator[dic
 
 
 def loaded_per_second(data: str, model: VisualLanguageModel, workers: int, count: int) -> float:
-    """Images per second of loader workers, after the first batch."""
+    """Measure the images per second of loader workers, after the first batch."""
     loader = batches(data, model, workers)
     next(loader)
     begin = time.perf_counter()
@@ -140,7 +140,7 @@ def loaded_per_second(data: str, model: VisualLanguageModel, workers: int, count
 
 
 def plain_per_second(folder: Path, encoder: VisionEncoder, processes: int) -> float:
-    """Images per second of a plain loop over the files, after the first ones."""
+    """Measure the images per second of a plain loop over the files, after the first eight."""
     files = sorted(folder.glob("*.jpg"))
     with Pool(processes) as pool:
         results = pool.imap_unordered(partial(_pixels, encoder), files, chunksize=8)
@@ -157,7 +157,7 @@ def _pixels(encoder: VisionEncoder, file: Path) -> torch.Tensor:
 
 
 def measure(folder: Path, count: int, workers: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each form and of the plain loop, once per round and in turn."""
+    """Measure the images per second of each format and of the plain loop in turn, every round."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -184,17 +184,19 @@ def measure(folder: Path, count: int, workers: int, rounds: int) -> dict[str, li
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table."""
     parser = Parser("python -m benchmarks.loading", __doc__)
-    parser.add_argument("--images", type=positive_int, default=800, help="photographs in each form")
+    parser.add_argument(
+        "--images", type=positive_int, default=800, help="photographs in each format"
+    )
     parser.add_argument("--workers", type=positive_int, default=2, help="processes that decode")
     parser.add_argument(
-        "--rounds", type=positive_int, default=3, help="of which medians are printed"
+        "--rounds", type=positive_int, default=3, help="rounds; their medians are printed"
     )
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), max(chosen.images, 32), chosen.workers, chosen.rounds)
     plain = found["plain loop"]
     title = f"{SIZE[0]}x{SIZE[1]} JPEGs, {chosen.workers} processes, medians of {chosen.rounds}"
-    table = Table("data", "images per second", "of the plain loop", title=title)
+    table = Table("data", "images per second", "ratio to the plain loop", title=title)
     for way, speeds in found.items():
         ratio = statistics.median(a / b for a, b in zip(speeds, plain, strict=True))
         table.add_row(way, f"{statistics.median(speeds):.0f}", f"{ratio:.2f}")

@@ -1,4 +1,4 @@
-"""Clocks, spreads, errors and what the profiler sees."""
+"""Timing, spreads, errors and profiles of calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Median, 20th and 80th percentile."""
+    """Return the median, the 20th and the 80th percentile."""
     if len(samples) < 2:
         return Spread(samples[0], samples[0], samples[0])
     p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
@@ -41,12 +41,12 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def ratios(others: Sequence[float], own: Sequence[float]) -> Spread:
-    """How many times longer the other takes, pair by pair: what slows both down cancels."""
+    """Return how many times longer the other takes, pair by pair: a slowdown of both cancels."""
     return spread([a / b for a, b in zip(others, own, strict=True)])
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
-    """``rms(got - truth) / rms(truth)``."""
+    """Return ``rms(got - truth) / rms(truth)``."""
     return ((got.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
@@ -57,7 +57,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def sample(call: Call, device: torch.device, repeats: int, first: int = 0) -> float:
-    """Seconds a call, mean of ``repeats`` in a row: wall clock, or CUDA events on a GPU."""
+    """Return seconds per call, mean of ``repeats`` in a row: wall clock, on a GPU CUDA events."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -76,13 +76,13 @@ def sample(call: Call, device: torch.device, repeats: int, first: int = 0) -> fl
 def paired_samples(
     calls: Mapping[str, Call], device: torch.device, seconds: float, min_rounds: int = MIN_ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds a call of each, measured in turn: A B C A B C.
+    """Return samples of seconds per call, measured in turn: A B C A B C.
 
     Args:
-        calls: By name. Each runs twice before the clock starts.
-        device: Where they run.
+        calls: Calls by name. Each runs twice before the clock starts.
+        device: Device that they run on.
         seconds: How long to go on, s; at least ``min_rounds`` and at most ``MAX_ROUNDS`` rounds.
-        min_rounds: Samples of each that the spread needs.
+        min_rounds: Minimum number of samples of each call.
     """
     repeats = {}
     for name, call in calls.items():
@@ -99,7 +99,7 @@ def paired_samples(
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many inputs of ``nbytes`` to rotate so that none is still in the GPU's L2 cache."""
+    """Return how many inputs of ``nbytes`` to rotate so that none is still in the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -107,7 +107,7 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 
 def graphed(call: Call, count: int) -> Call:
-    """Replays of ``call(0)`` to ``call(count - 1)``, each captured in a CUDA graph of its own."""
+    """Capture ``call(0)`` to ``call(count - 1)`` in a CUDA graph each, and return their replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -124,12 +124,13 @@ def graphed(call: Call, count: int) -> Call:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one call does.
+    """The memory and launches of one call.
 
     Attributes:
-        peak: Memory at its highest point above what was allocated before the call, bytes.
-        launches: GPU kernels, copies and fills; ``None`` on a CPU or where nobody may see them.
-        kernel_seconds: Sum of their durations, s; ``None`` alike.
+        peak: Peak memory above what was allocated before the call, bytes.
+        launches: Number of GPU kernels, copies and fills; ``None`` on a CPU or without permission
+            to profile.
+        kernel_seconds: Sum of their durations, s; ``None`` in the same cases.
     """
 
     peak: int
@@ -158,13 +159,13 @@ def profiled(call: Call, device: torch.device) -> Profile:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     elapsed = sum(event.time_range.elapsed_us() for event in kernels)
-    if not kernels:  # not permitted to look
+    if not kernels:  # no permission to profile
         return Profile(peak)
     return Profile(peak, len(kernels), elapsed / 1e6)
 
 
 def _allocator_peak(profiler: Any) -> int:
-    """Highest sum of the allocations and releases that torch's CPU allocator reported, bytes."""
+    """Return the highest sum of allocations and releases that torch's CPU allocator reports."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

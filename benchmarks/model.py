@@ -1,7 +1,7 @@
-"""What a call costs on paper: FLOPs, bytes and launches counted from the code that runs.
+"""The cost of a call, not measured: FLOPs, bytes and launches counted from the code that runs.
 
 The module is run on fake tensors, which have shapes and no data, and every operation that reaches
-the dispatcher is written down. Nothing here is a measurement, and whatever is derived from it is
+the dispatcher is recorded. Nothing here is a measurement, and everything derived from it is
 labelled "model".
 """
 
@@ -40,15 +40,15 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# torch counts attention on a CPU as nothing.
+# torch counts attention on a CPU as 0 FLOPs.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 _FORMULAS = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
-# Inside a custom operation these arrive before they are taken apart.
+# Inside a custom operator these reach the dispatch mode before they are decomposed.
 _WHOLE = {aten.linear, aten.matmul}
-# These neither are views to the dispatcher nor start a kernel.
+# The dispatcher does not mark these as views, but they start no kernel.
 _NO_KERNEL = {
     aten._unsafe_view,
     aten.empty,
@@ -87,11 +87,11 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation: its name, FLOPs, bytes read and written, and whether only weights enter.
+    """One operation: name, FLOPs, bytes read and written, and whether it depends on weights only.
 
     Attributes:
-        shape: Of what it writes first.
-        started: What started it, where that is a kernel of ours.
+        shape: Shape of its first output.
+        started: The launch that started it, if it is one of visproj's kernels.
     """
 
     name: str
@@ -114,18 +114,18 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of matrix products and attention, two a multiply-add."""
+        """Floating-point operations of matmuls and attention, two per multiply-add."""
         return sum(launch.flops for launch in self.launches)
 
     def floor_seconds(self, flop_rate: float, bandwidth: float) -> float:
-        """No call with these FLOPs is faster at these rates (FLOP/s, bytes/s)."""
+        """Return the lower bound on the time of a call, s, at these rates (FLOP/s, bytes/s)."""
         return max(self.flops / flop_rate, self.min_bytes / bandwidth)
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down operations, and inside visproj's own the kernels that they launch.
+    """A dispatch mode that records operations, and inside visproj's own the kernels they launch.
 
-    A tensor follows from the inputs or, like the queries of a Perceiver, from the weights alone.
+    A tensor depends on the inputs or, like the queries of a Perceiver, on the weights alone.
     """
 
     def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         self._from_inputs = set(map(self._storage, inputs))
 
     def follow(self, x: Tensor) -> None:
-        """Count what is made of ``x`` as made of an input."""
+        """Treat ``x`` as an input, on which everything computed from it depends."""
         self._from_inputs.add(self._storage(x))
 
     def __torch_dispatch__(
@@ -179,7 +179,7 @@ class _Recorder(TorchDispatchMode):
         self.launches.append(Launch(name, flops, moved, weights_only, shape, started))
 
     def _look_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation's body on fake tensors, its kernels written down instead of started."""
+        """Run an operator's body on fake tensors; record its kernels instead of starting them."""
         from visproj.kernels import configs
         from visproj.kernels.launch import Launch as KernelLaunch
 
@@ -188,7 +188,7 @@ class _Recorder(TorchDispatchMode):
 
         with (
             mock.patch.object(KernelLaunch, "start", start),
-            # Nothing starts, so there is nothing to time and remember.
+            # Nothing starts, so nothing can be timed.
             mock.patch.dict(os.environ, VISPROJ_AUTOTUNE="0"),
             # Fake tensors have no address.
             mock.patch.object(configs, "describable", return_value=True),
@@ -197,7 +197,7 @@ class _Recorder(TorchDispatchMode):
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
 
     def _kernel(self, launch: KernelLaunch, pointers: dict[str, Tensor | None]) -> None:
-        """A kernel writes what nothing has read or written before it."""
+        """Record a kernel; its outputs are the tensors that were not read or written before."""
         from visproj.kernels.registry import FLOPS
 
         tensors = [x for x in pointers.values() if x is not None]
@@ -209,7 +209,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def touched_bytes(x: Tensor) -> int:
-    """Bytes of the storage of ``x``; a dimension that is expanded lies in memory once."""
+    """Return the bytes of memory that ``x`` covers; an expanded dimension counts once."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else min(size, 1)
@@ -223,11 +223,11 @@ def costs(
     trains: bool = True,
     input_gradients: bool = False,
 ) -> dict[str, Cost]:
-    """What forward, backward and both cost, by mode; without running them.
+    """Count the costs of forward, backward and both, by mode, without running them.
 
     Args:
-        module: Not compiled. It is left alone: a copy with fake weights runs.
-        inputs: Of the shapes wanted.
+        module: A module that is not compiled. A copy of it with fake weights runs.
+        inputs: Tensors of the shapes to count for.
         trains: Whether to count a backward, for a gradient of the output's shape.
         input_gradients: Whether that backward goes to the inputs as well.
     """
@@ -253,7 +253,7 @@ def costs(
     if trains:
         gradients = _total(leaves)
         found["backward"] = Cost(back, read + written + gradients)
-        # The output is written, and its gradient, as large, is read.
+        # The output is written, and its gradient, which has the same size, is read.
         found["forward+backward"] = Cost(ahead + back, read + 2 * written + gradients)
     return found
 

@@ -1,4 +1,4 @@
-"""Resamplers of released models as they are published, converted and folded, at released sizes."""
+"""Resamplers of released models, published, converted and folded, at their released sizes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from visproj import convert, fold
 
 
 class Model(NamedTuple):
-    """What is compared.
+    """A model whose resampler is compared.
 
     Attributes:
-        build: The published module with random weights.
-        images: How many images a call has unless told otherwise.
-        tokens: Visual tokens of an image.
-        width: Of the features.
-        sized: Whether the call names the grid of each image.
+        build: Builds the published module with random weights.
+        images: Default number of images per call.
+        tokens: Visual tokens per image.
+        width: Width of the features.
+        sized: Whether a call passes the grid of each image.
     """
 
     build: Callable[[], nn.Module]
@@ -58,7 +58,7 @@ def _kosmos2() -> nn.Module:
 
 
 def _with_queries(module: nn.Module) -> nn.Module:
-    """Queries start as zeros there."""
+    """Draw random queries, which start as zeros in the published module."""
     nn.init.trunc_normal_(module.get_parameter("query"), std=0.02)
     return module
 
@@ -75,7 +75,7 @@ FORMS = ("published", "converted", "keys", "absorbed")
 
 
 def modules(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The same weights as published, converted, and in both folded forms."""
+    """Return modules with the same weights: published, converted, and in both folded forms."""
     torch.manual_seed(0)
     published = MODELS[name].build().to(dtype).eval()
     holder = Holder(published)
@@ -85,7 +85,7 @@ def modules(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def chosen(name: str) -> str:
-    """The form that :func:`visproj.fold` takes by itself."""
+    """Return the form that :func:`visproj.fold` chooses by default."""
     holder = Holder(MODELS[name].build().eval())
     convert(holder, fold=True)
     folded: Any = holder.resampler
@@ -93,7 +93,7 @@ def chosen(name: str) -> str:
 
 
 def arguments(name: str, images: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What a call gets."""
+    """Return the arguments of a call."""
     model = MODELS[name]
     x = torch.randn(images, model.tokens, model.width).to(dtype)
     if not model.sized:
@@ -103,8 +103,8 @@ def arguments(name: str, images: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def multiply_adds(module: nn.Module, call: tuple[Tensor, ...]) -> float:
-    """Multiply-adds of one call, which is made: published modules read the sizes of images."""
-    # The counter's hooks need the graph of parameters that train.
+    """Count the multiply-adds of one call by running it: published modules read image sizes."""
+    # The counter's hooks need an autograd graph.
     with (
         torch.enable_grad(),
         FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
@@ -114,5 +114,5 @@ def multiply_adds(module: nn.Module, call: tuple[Tensor, ...]) -> float:
 
 
 def features(found: Any) -> Tensor:
-    """The features among what a call gave."""
+    """Return the features from the result of a call."""
     return found[0] if isinstance(found, tuple) else found

@@ -1,8 +1,8 @@
-"""What visproj is measured against: modules with its state-dict keys that never use its operations.
+"""The baselines: modules with visproj's state-dict keys that do not use visproj's operations.
 
-*Upstream* is DeepSpeed-VisualChat's arithmetic as it runs there: attention probabilities go through
-memory, queries are repeated for every image and projected as often. *Fair* is the same formula as
-one would write it today: SDPA, and queries once a call.
+*Upstream* is DeepSpeed-VisualChat's arithmetic as it runs there: attention probabilities are
+written to memory, and queries are repeated and projected once per image. *Fair* is the same formula
+as one would write it today: SDPA, and queries projected once per call.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from visproj.projectors.vit import ViTProjector
 class UpstreamPerceiver(nn.Module):
     """DeepSpeed-VisualChat's arithmetic, with its state-dict keys.
 
-    Queries repeated for every image and projected as often; ``nn.MultiheadAttention`` with its
-    default ``need_weights=True``, so scores and probabilities go through memory. Positions are
-    resized in every call. Features without CLS, which upstream does not take, get the same
-    arithmetic.
+    Queries are repeated and projected once per image. ``nn.MultiheadAttention`` has its default
+    ``need_weights=True``, so scores and probabilities are written to memory. Positions are resized
+    in every call. Features without CLS, which upstream does not take, get the same arithmetic.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class UpstreamPerceiver(nn.Module):
             nn.init.constant_(module.bias, 0)
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
-        """``[B, (1 +) L, C] -> [B, Q, D]``."""
+        """Resample ``[B, (1 +) L, C] -> [B, Q, D]``."""
         y = self.ln_kv(self.kv_proj(x[:, 1:] if self.has_cls else x)).transpose(0, 1)
         pos = self.pos_embed[:, None]
         key_pos = resize_position_table(self.pos_embed, self.grid, grid_of(len(y), None))
@@ -75,14 +74,14 @@ class UpstreamPerceiver(nn.Module):
 
 
 class FairPerceiver(UpstreamPerceiver):
-    """The same function with queries and positions prepared once a call and SDPA."""
+    """The same function with SDPA, and with queries and positions prepared once per call."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._positions = PositionCache()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """``[B, (1 +) L, C] -> [B, Q, D]``."""
+        """Resample ``[B, (1 +) L, C] -> [B, Q, D]``."""
         y = self.ln_kv(self.kv_proj(x[:, 1:] if self.has_cls else x))
         key_pos = self._positions.resize(self.pos_embed, self.grid, grid_of(y.shape[1], None))
         q, k, v = (
@@ -101,15 +100,15 @@ class FairPerceiver(UpstreamPerceiver):
 
 
 class FairViT(ViTProjector):
-    """The ViT projector by calling its children: SDPA, then Linear and LayerNorm apart."""
+    """The ViT projector that calls its children: SDPA, then Linear and LayerNorm separately."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, C] -> [B, S, D]``."""
+        """Project ``[B, S, C] -> [B, S, D]``."""
         return self.projection(self.vis_layer(x))
 
 
 class UpstreamViT(FairViT):
-    """The same with the attention of the transformers that DeepSpeed-VisualChat was written for."""
+    """The same with unfused attention, as in the transformers that upstream was made for."""
 
     def __init__(self, vis_config: VisionConfig, lang_dim: int) -> None:
         super().__init__(vis_config, lang_dim)
@@ -127,7 +126,7 @@ class _UnfusedAttention(CLIPAttention):
 
 
 class FairAttention(nn.Module):
-    """SDPA from queries that the batch shares: keys and values ``[B, L, H, d] -> [B, Q, H, d]``."""
+    """SDPA with queries that the batch shares: keys, values ``[B, L, H, d] -> [B, Q, H, d]``."""
 
     def __init__(self, queries: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -141,10 +140,10 @@ class FairAttention(nn.Module):
 
 
 class UpstreamAttention(FairAttention):
-    """Scores, probabilities and their mean over the heads through memory, queries repeated."""
+    """The same with repeated queries; scores, probabilities and their mean go to memory."""
 
     def forward(self, k: Tensor, v: Tensor) -> Tensor:
-        """As :meth:`FairAttention.forward`; the mean, which nobody reads, is computed as well."""
+        """Attend without a mask; the mean over the heads is computed, but not used."""
         q = self.queries.repeat(len(k), 1, 1, 1).transpose(1, 2)
         scores = (q / math.sqrt(q.shape[-1])) @ k.permute(0, 2, 3, 1)
         probabilities = scores.softmax(-1)
@@ -153,7 +152,7 @@ class UpstreamAttention(FairAttention):
 
 
 def liger_missing(device: torch.device) -> str | None:
-    """Why Liger's LayerNorm cannot run here, or ``None``."""
+    """Return why Liger's LayerNorm cannot run here, or ``None``."""
     if device.type != "cuda":
         return "Liger's kernels need a GPU"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -165,7 +164,7 @@ class LigerLinearNorm(nn.Sequential):
     """``F.linear`` and Liger's LayerNorm, with the keys of ``nn.Sequential(Linear, LayerNorm)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, C] -> [B, S, D]``."""
+        """Project ``[B, S, C] -> [B, S, D]``."""
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
         linear: Any = self[0]

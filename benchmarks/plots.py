@@ -1,4 +1,4 @@
-"""Pictures of a result file, from its rows and nothing else."""
+"""Plots of a result file, drawn from its rows alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.cases import BASELINES, IMPLEMENTATIONS
 from benchmarks.results import Results, Row
 from visproj.files import replacing
 
-# A taller picture would not be read, and nobody looks at more pictures of one kind.
+# Limits that keep a picture readable, and the number of pictures of one kind small.
 MOST_BARS = 60
 MOST_PICTURES = 4
 PANELS_IN_A_ROW = 3
@@ -20,17 +20,17 @@ PANELS_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class Quantity:
-    """What the bars of a picture show.
+    """A quantity that the bars of a picture show.
 
     Attributes:
         name: Start of the file's name.
-        title: What it is, for the picture's title.
-        label: The axis, with its unit.
-        value: Of a row, or ``None`` where it has none.
-        form: How the number beside a bar is written.
-        spread: 20th and 80th percentile of a row's value.
-        mark: Where a line is drawn, and what it means.
-        limited: Whether values beyond the mark are impossible unless the mark is wrong.
+        title: Name of the quantity in the picture's title.
+        label: Label of the axis, with the unit.
+        value: Returns the value of a row, or ``None`` if it has none.
+        form: Format of the number beside a bar.
+        spread: Returns the 20th and the 80th percentile of a row's value.
+        mark: Position of a line and its meaning.
+        limited: Whether values beyond the mark mean that the mark is wrong.
     """
 
     name: str
@@ -47,7 +47,7 @@ def _speed_up(baseline: str) -> Quantity:
     return Quantity(
         f"speed_up_over_{baseline}",
         f"speed-up over {baseline}",
-        f"time of {baseline} / time of it, median of pairs",
+        f"time of {baseline} / time of the implementation, median of pairs",
         lambda row: getattr(row, f"vs_{baseline}"),
         ".2f",
         spread=lambda row: (
@@ -83,7 +83,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """Write every plot for which there is data, and return their paths.
 
     Raises:
-        ModuleNotFoundError: Without matplotlib.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     import matplotlib
 
@@ -106,17 +106,17 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """A colour for every implementation, the same in all pictures."""
+    """Return a colour for every implementation, the same in all pictures."""
     names = [*(entry.name for entry in IMPLEMENTATIONS), *(row.implementation for row in rows)]
     return {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of each picture, mode by mode, and which of them all these are."""
+    """Yield the rows of each picture, mode by mode, and a text that says which rows they are."""
     modes = [*dict.fromkeys(row.mode for row in rows)]
     ordered = sorted(rows, key=lambda row: modes.index(row.mode))
     most = MOST_BARS * MOST_PICTURES
-    rest = "; those beyond are only in results.csv" if len(rows) > most else ""
+    rest = "; the others are only in results.csv" if len(rows) > most else ""
     for start in range(0, min(len(rows), most), MOST_BARS):
         shown = ordered[start : min(start + MOST_BARS, most)]
         last = start + len(shown)
@@ -125,7 +125,7 @@ def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _bars(quantity: Quantity, rows: Sequence[Row], colours: dict[str, str], title: str) -> Any:
-    """One panel per mode and one horizontal bar per row."""
+    """Draw one panel per mode and one horizontal bar per row."""
     from matplotlib import pyplot as plt
 
     panels = [(mode, list(group)) for mode, group in groupby(rows, lambda row: row.mode)]
@@ -174,7 +174,7 @@ def _panel(axes: Any, quantity: Quantity, rows: Sequence[Row], colours: dict[str
 
 
 def _reach(quantity: Quantity, row: Row) -> float:
-    """Where a row's bar, or the line over it, ends."""
+    """Return where a row's bar, or the line over it, ends."""
     value = quantity.value(row) or 0.0
     return max(value, *quantity.spread(row)) if quantity.spread else value
 
@@ -199,13 +199,13 @@ def _legend(
         entries.append((line, quantity.mark[1]))
     if any(_beyond(quantity, row) for row in rows):
         patch = Patch(facecolor="grey", edgecolor="white", hatch="////")
-        entries.append((patch, "above 100 %: the measured floor is not a bound there"))
+        entries.append((patch, "above 100 %: the measured floor is not a lower bound there"))
     handles, labels = zip(*entries, strict=True)
     return list(handles), list(labels)
 
 
 def _time_by_batch(rows: Sequence[Row], colours: dict[str, str], device: str) -> Any:
-    """Forward time against batch size, one panel per task, at the place with the most batches."""
+    """Draw forward time against batch size per task, at the shape with the most batch sizes."""
     from matplotlib import pyplot as plt
 
     chosen = _widest(rows)
@@ -238,7 +238,7 @@ def _time_by_batch(rows: Sequence[Row], colours: dict[str, str], device: str) ->
 
 
 def _widest(rows: Sequence[Row]) -> dict[str, tuple[str, dict[str, list[Row]]]]:
-    """By task, the place with the most batch sizes and its rows by implementation."""
+    """Return by task the shape with the most batch sizes, and its rows by implementation."""
     places: dict[str, dict[str, dict[str, list[Row]]]] = {}
     for row in rows:
         if row.mode == "forward":

@@ -1,4 +1,4 @@
-"""Modules of MiniCPM-V and Qwen-VL as literally as their published structure has them."""
+"""Modules of MiniCPM-V and Qwen-VL, written out after their published structure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 def axis(dim: int, positions: np.ndarray) -> np.ndarray:
-    """Sines and cosines of positions on one axis."""
+    """Return sines and cosines of positions on one axis."""
     omega = np.arange(dim // 2, dtype=np.float32)
     omega /= dim / 2.0
     angles = np.einsum("m,d->md", positions.astype(np.float32), 1.0 / 10000**omega)
@@ -24,7 +24,7 @@ def axis(dim: int, positions: np.ndarray) -> np.ndarray:
 
 
 def table(dim: int, size: Sequence[int]) -> Tensor:
-    """The sine-cosine table ``[rows, columns, dim]``, columns first."""
+    """Return the sine-cosine table ``[rows, columns, dim]``, columns first."""
     rows, columns = (axis(dim // 2, np.arange(n)) for n in size)
     across = np.broadcast_to(columns[None], (size[0], *columns.shape))
     down = np.broadcast_to(rows[:, None], (rows.shape[0], size[1], rows.shape[1]))
@@ -32,7 +32,7 @@ def table(dim: int, size: Sequence[int]) -> Tensor:
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """Some versions ship a subclass whose output projection is an ordinary Linear."""
+    """The subclass of some versions, whose output projection is an ordinary Linear."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -40,7 +40,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class Attending(nn.Module):
-    """What the resamplers share."""
+    """The base class of the resamplers."""
 
     pos_embed: Tensor
 
@@ -67,18 +67,18 @@ class Attending(nn.Module):
         self.ln_kv = NORM(dim)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, **masks: Any) -> Tensor:
-        """Queries repeated for every image."""
+        """Attend with queries that are repeated for every image."""
         batch = keys.shape[1]
         repeated = queries.unsqueeze(1).repeat(1, batch, 1)
         return self.attn(repeated, keys, values, **masks)[0].permute(1, 0, 2)
 
     def values(self, x: Tensor) -> Tensor:
-        """``[B, L, C] -> [L, B, D]``."""
+        """Project and normalise the features: ``[B, L, C] -> [L, B, D]``."""
         return self.ln_kv(self.kv_proj(x)).permute(1, 0, 2)
 
 
 def resized(positions: Tensor, size: Sequence[int]) -> Tensor:
-    """A square table on another grid."""
+    """Return a square table, resized to another grid."""
     side = math.isqrt(len(positions))
     planes = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=size, mode="bicubic", align_corners=False)
@@ -86,7 +86,7 @@ def resized(positions: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class QwenVL(Attending):
-    """Qwen-VL's, and that of DeepSpeed-VisualChat's encoder."""
+    """Qwen-VL's resampler, which DeepSpeed-VisualChat's Qwen-VL encoder has as well."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class QwenVL(Attending):
         super().__init__(vis_dim, dim, queries, heads, attention, positions=True)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """``[B, L, C] -> [B, Q, D]``."""
+        """Resample ``[B, L, C] -> [B, Q, D]``."""
         side = math.isqrt(x.shape[1])
         positions = self.pos_embed
         if side * side != len(positions):
@@ -110,7 +110,7 @@ class QwenVL(Attending):
 
 
 class MiniCPM2(Attending):
-    """MiniCPM-V 2.0, or with ``adaptive=False`` 1.0."""
+    """The resampler of MiniCPM-V 2.0, or with ``adaptive=False`` of 1.0."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class MiniCPM2(Attending):
         self.proj = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
 
     def forward(self, x: Tensor, tgt_size: Any = None, attn_mask: Tensor | None = None) -> Tensor:
-        """``[B, L, C] -> [B, Q, D]``."""
+        """Resample ``[B, L, C] -> [B, Q, D]``."""
         if self.adaptive:
             positions = table(self.embed_dim, tgt_size).flatten(0, 1).to(x)
         else:
@@ -139,7 +139,7 @@ class MiniCPM2(Attending):
 
 
 class MiniCPM(Attending):
-    """MiniCPM-V 2.5, 2.6, 4.0 and MiniCPM-o; with ``temporal`` 4.5."""
+    """The resampler of MiniCPM-V 2.5, 2.6, 4.0 and MiniCPM-o; with ``temporal`` of 4.5."""
 
     temporal_pos_embed: Tensor
 
@@ -163,7 +163,7 @@ class MiniCPM(Attending):
             self.register_buffer("temporal_pos_embed", times, persistent=False)
 
     def forward(self, x: Tensor, tgt_sizes: Any = None, temporal_ids: Any = None) -> Tensor:
-        """``[B, L, C] -> [B, Q, D]``, with times one row per clip."""
+        """Resample ``[B, L, C] -> [B, Q, D]``; with times, one entry per clip."""
         lengths = tgt_sizes[:, 0] * tgt_sizes[:, 1]
         high, wide = (int(n) for n in tgt_sizes.max(0).values)
         if high > self.max_size[0] or wide > self.max_size[1]:
@@ -195,7 +195,7 @@ class MiniCPM(Attending):
 
 
 class Holder(nn.Module):
-    """A model that holds a resampler beside something else."""
+    """A model with a resampler and another module."""
 
     def __init__(self, resampler: nn.Module) -> None:
         super().__init__()
@@ -203,5 +203,5 @@ class Holder(nn.Module):
         self.resampler = resampler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the resampler gives."""
+        """Return the result of the resampler."""
         return self.resampler(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Run a set of cases and report: ``python -m benchmarks.report --set smoke --out results``.
 
-Writes ``results.csv``, ``report.md`` and plots; the latter two come from the CSV alone, so
-``--from-csv`` makes them again on another machine.
+Writes ``results.csv``, ``report.md`` and plots. Report and plots are made from the CSV alone, so
+``--from-csv`` can make them again on another machine.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from visproj.files import replacing
 
 ENDED_EARLY = "ended early"
 EXPLANATION = """\
-Times are medians with the 20th and 80th percentile. Ratios come from pairs: the implementations of
-a group run in turn, and what slows the machine down slows both of a pair. *upstream* is
-DeepSpeed-VisualChat's arithmetic, *fair* the same formula with SDPA and queries prepared once a
-call; of `baseline`, `linear_layer_norm` and `linear_norm_linear` the two are the same. Peak memory
-is that of one call above weights and inputs.
+Times are medians with the 20th and 80th percentile. "upstream / it" and "fair / it" are the time of
+that baseline divided by the time of the implementation. These ratios come from pairs: the
+implementations of a group run in turn, so that whatever slows the machine down slows both of a
+pair. *upstream* is DeepSpeed-VisualChat's arithmetic, *fair* the same formula with SDPA and queries
+prepared once per call; for `baseline`, `linear_layer_norm` and `linear_norm_linear` the two are the
+same. Peak memory is that of one call above weights and inputs.
 
-**Columns headed "model" are counted and computed, not measured.** The floor is the larger of the
-row's FLOPs at this machine's best matrix product and its smallest traffic at this machine's best
-memory rate for a working set of that size, both measured beside every group; "share of floor
-(model)" is that floor divided by the measured time.
+**Columns headed "model" are counted and computed, not measured.** The floor is a lower bound on the
+time: the larger of the row's FLOPs at this machine's best matmul rate, and its minimum traffic at
+this machine's best memory rate for a working set of that size. Both rates are measured next to
+every group. "share of floor (model)" is the floor divided by the measured time.
 
 Every implementation was compared with the fp64 oracle before it was timed, at the shape that was
-timed: outputs, and where it trains all gradients for a random gradient of the output. The whole
-batch ran; where fp64 is slow, only some of its images were compared ("images checked")."""
+timed: the outputs and, if it trains, all gradients for a random gradient of the output. The whole
+batch ran; if fp64 is slow, only some of its images were compared ("images checked")."""
 
 
 def run(
@@ -59,12 +60,12 @@ def run(
     minutes: float | None,
     graphs: bool = False,
 ) -> bool:
-    """Measure a set into a CSV file; whether it came to its end.
+    """Measure a set, write the CSV file, and return whether the whole set was measured.
 
     Args:
         set_name: One of the registry's sets.
         path: The CSV file.
-        device: Where to run.
+        device: Device to run on.
         seconds: Time for a group in one mode, s.
         minutes: When to stop starting new groups, min; ``None`` for never.
         graphs: Whether to time forwards from CUDA graphs as well.
@@ -75,7 +76,7 @@ def run(
     done = 0
     with Writer(path, notes) as writer:
         try:
-            print("measuring the machine's ceilings", flush=True)
+            print("measuring the machine's peak rates", flush=True)
             ceilings.measure(dict.fromkeys(group.shape.dtype for group in todo))
             start = time.monotonic()
             for group in progress(todo):
@@ -86,7 +87,7 @@ def run(
                         group, device, ceilings, seconds=seconds, graphs=graphs
                     ):
                         writer.write(rows)
-                except Exception as error:  # no memory for the oracle, say: other groups may fit
+                except Exception as error:  # such as no memory for the oracle: others may fit
                     name = f"{group.task.name} {group.shape} {ENDED_EARLY}"
                     writer.note(name, f"{type(error).__name__}: {error}"[:200])
                 else:
@@ -101,7 +102,7 @@ def run(
 
 
 def progress(todo: Sequence[Group]) -> Iterator[Group]:
-    """The groups, with a bar; where rich is not installed, a line each."""
+    """Yield the groups, with a progress bar, or a line per group if rich is not installed."""
     try:
         from rich.progress import Progress
     except ModuleNotFoundError:
@@ -118,7 +119,7 @@ def progress(todo: Sequence[Group]) -> Iterator[Group]:
 
 
 def markdown(results: Results, old: Results | None = None, pictures: Sequence[Path] = ()) -> str:
-    """The report of a result file."""
+    """Return the report of a result file."""
     parts = ["# Benchmark report", "\n".join(f"- {k}: {v}" for k, v in results.notes.items())]
     if old:
         parts += ["## Changes", *_changes(old, results)]
@@ -140,7 +141,7 @@ def markdown(results: Results, old: Results | None = None, pictures: Sequence[Pa
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
@@ -151,7 +152,7 @@ def _left_out(results: Results) -> list[Row]:
 
 
 def _measured(rows: Sequence[Row]) -> Iterator[str]:
-    """One table per task and mode."""
+    """Yield one table per task and mode."""
     timed = [row for row in rows if row.time_us is not None]
     heads = (
         "shape",
@@ -173,7 +174,7 @@ def _measured(rows: Sequence[Row]) -> Iterator[str]:
     if beyond:
         yield (
             f"{beyond} of {len(timed)} rows are faster than their floor (marked *): its rates were "
-            "measured while the machine was slower, so there it is not a bound."
+            "measured while the machine was slower, so for them it is not a lower bound."
         )
     for task, mode in dict.fromkeys((row.task, row.mode) for row in timed):
         yield f"### {task}, {mode}"
@@ -208,20 +209,20 @@ def _changes(old: Results, new: Results) -> Iterator[str]:
     was, now = (results.notes.get("device", "unknown") for results in (old, new))
     other_device = "" if was == now else f", another device than {now}"
     yield (
-        f"Against commit {old.notes.get('commit', 'unknown')} on {was}{other_device}: "
+        f"Compared with commit {old.notes.get('commit', 'unknown')} on {was}{other_device}: "
         f"{len(changes)} rows were timed in both runs."
     )
     if not changes:
         return
     if yardstick:
         yield (
-            "Judged by the ratio to the fair baseline, whose code does not change. Its own times "
-            f"differ by {statistics.median(yardstick):+.1%} ({yardstick[0]:+.1%} to "
-            f"{yardstick[-1]:+.1%}): so much is the machine."
+            "Changes are those of the ratio to the fair baseline, whose code does not change. Its "
+            f"own times differ by {statistics.median(yardstick):+.1%} ({yardstick[0]:+.1%} to "
+            f"{yardstick[-1]:+.1%}), which is due to the machine."
         )
     beyond = [change for change in changes if change.beyond]
     if not beyond:
-        yield "No row changed beyond its spread."
+        yield "No row changed by more than its spread."
         return
     heads = ("task", "implementation", "shape", "mode", "against fair", "beyond the spread")
     yield table((*heads, "ms before", "ms now"), [_change_row(change) for change in beyond])
@@ -254,7 +255,7 @@ def _spread(
 
 
 def write_report(path: Path, old: Results | None) -> str:
-    """Draw and write everything that comes from the CSV at ``path``; the report's text."""
+    """Draw the plots and write the report from the CSV at ``path``; return the report's text."""
     from benchmarks import plots
 
     results = read(path)
@@ -274,11 +275,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises:
-        InputError: If the benchmarks know no such device.
-        BackendError: If there is none here.
+        InputError: If the name is not cpu, cuda or cuda:N.
+        BackendError: If this machine has no such device.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
@@ -293,23 +294,35 @@ def _device(name: str) -> torch.device:
 def _parser() -> Parser:
     parser = Parser("visproj bench", __doc__)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--set", default="quick" if on_gpu else "smoke", choices=SETS)
-    parser.add_argument("--out", type=Path, default=Path("visproj-bench"), help="folder")
-    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="report changes since")
-    parser.add_argument("--from-csv", type=Path, help="do not measure: report this file")
+    parser.add_argument(
+        "--set", default="quick" if on_gpu else "smoke", choices=SETS, help="set of cases"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("visproj-bench"), help="folder for the results"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.csv", help="report changes since this result file"
+    )
+    parser.add_argument(
+        "--from-csv", type=Path, help="do not measure: make the report of this result file"
+    )
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
-        "--seconds", type=finite(0), default=0.3, help="time for a group in one mode"
+        "--seconds", type=finite(0), default=0.3, help="seconds for a group in one mode"
     )
     parser.add_argument(
-        "--minutes", type=finite(0, above=True), help="start no new group after this long"
+        "--minutes",
+        type=finite(0, above=True),
+        help="minutes after which no new group is started",
     )
-    parser.add_argument("--graphs", action="store_true", help="time CUDA graphs as well")
+    parser.add_argument(
+        "--graphs", action="store_true", help="also time the forward from CUDA graphs"
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 if an implementation failed its check or a group broke off, else 0.
+    """Run the command; return 1 if an implementation failed its check or a group raised, else 0.
 
     Raises:
         VisprojError: If an option or a file cannot be used, before anything is written.

@@ -1,4 +1,4 @@
-"""The CSV file: one row a measurement, notes about the machine above them."""
+"""The CSV file of results: one row per measurement, and notes about the machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch
 from visproj.errors import InputError
 
 OK, FAILED, LEFT_OUT = "ok", "failed", "left out"
-# What others are compared with from run to run: code of a peer, which does not change.
+# The implementation that others are compared with between runs, because its code does not change.
 YARDSTICK = "fair"
-# Smaller changes are not reported, nor those within the spread of either run.
+# Report only changes of at least this size that lie outside the spread of both runs.
 LEAST_CHANGE = 0.05
 
 
@@ -29,8 +29,8 @@ LEAST_CHANGE = 0.05
 class Row:
     """One implementation at one shape in one mode.
 
-    Columns that begin with ``model`` come from counting, not from a clock. Times are medians with
-    the 20th and 80th percentile; ``vs_*`` is how many times longer that baseline takes, from pairs.
+    Columns that begin with ``model`` are counted, not measured. Times are medians with the 20th and
+    80th percentile. ``vs_*`` is the time of that baseline divided by the row's, from pairs.
     """
 
     task: str
@@ -73,12 +73,12 @@ class Row:
 
     @property
     def beats_floor(self) -> bool:
-        """Whether it was faster than its floor, which is then no bound."""
+        """True if it was faster than its floor, which is then not a lower bound."""
         return (self.share_of_model_floor or 0.0) > 1
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a row of another run must share to be compared with this one."""
+        """The values that a row of another run must have to be compared with this one."""
         return self.task, self.shape, self.mode, self.implementation
 
 
@@ -94,7 +94,7 @@ class Results:
 
 
 class Writer:
-    """Writes rows as they come, so that a run that ends early leaves what it had."""
+    """A writer that appends rows as they come, so that a run that ends early keeps its rows."""
 
     def __init__(self, path: Path, notes: dict[str, str]) -> None:
         self._file = path.open("w", newline="", encoding="utf-8")
@@ -104,7 +104,7 @@ class Writer:
         self._csv.writeheader()
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Append rows; they are on the disk afterwards."""
+        """Append rows and flush them to the file."""
         self._csv.writerows(
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             for row in rows
@@ -173,7 +173,7 @@ def _row(path: Path, number: int, columns: list[str], cells: list[str]) -> Row:
 
 
 def _check(row: Row) -> None:
-    """Raise ``ValueError`` if no run can have given this row."""
+    """Raise ``ValueError`` if the values of this row contradict each other."""
     if row.status not in (OK, FAILED, LEFT_OUT):
         raise ValueError(f"status is {row.status!r}")
     if (row.status == OK) != (row.time_us is not None):
@@ -205,12 +205,12 @@ class Change:
 
     Attributes:
         old: The row of the old run.
-        new: The same of the new run.
+        new: The same row of the new run.
         time: Change of the median time; 0.2 is 20 % slower.
-        change: The same of the time divided by the fair baseline's, measured in turn with it, so
-            that a machine that was busier in one run does not count; of the time itself where a run
-            has no such ratio, and ``None`` for the fair baseline, which is the yardstick.
-        beyond: The part of it by which the spreads are apart, 0 if they overlap.
+        change: Change of the time divided by the fair baseline's. The two are measured in turn, so
+            that a busier machine in one run does not count. If a run has no such ratio, this is the
+            change of the time; for the fair baseline itself it is ``None``.
+        beyond: The part of ``change`` by which the runs' spreads are apart; 0 if they overlap.
     """
 
     old: Row
@@ -221,7 +221,7 @@ class Change:
 
 
 def compare(old: Results, new: Results) -> list[Change]:
-    """All rows that both runs timed, largest slow-down first."""
+    """Return all rows that both runs timed, largest slow-down first."""
     before = {row.key: row for row in old.rows if row.time_us is not None}
     changes = []
     for row in new.rows:
@@ -243,7 +243,7 @@ def compare(old: Results, new: Results) -> list[Change]:
 
 
 def _cost(row: Row, as_ratio: bool) -> tuple[float, float, float]:
-    """Median, low and high of the time, or of the time over the fair baseline's."""
+    """Return median, low and high of the time, or of the time divided by the fair baseline's."""
     values = (
         (row.vs_fair, row.vs_fair_p80, row.vs_fair_p20)
         if as_ratio
@@ -254,7 +254,7 @@ def _cost(row: Row, as_ratio: bool) -> tuple[float, float, float]:
 
 
 def machine_notes(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions and commit."""
+    """Return the device, driver, versions and commit."""
     notes = {"device": _device_name(device)}
     if device.type == "cuda":
         notes["driver"] = _output(

@@ -15,16 +15,16 @@ from benchmarks.measure import relative_error
 
 Run = Callable[[Tensor], Tensor]
 
-# fp32 sums of a few thousand terms in another order, several in a row.
+# Allowed relative difference: fp32 sums of a few thousand terms in another order, several in turn.
 AGREES = 1e-4
 
 
 def runtime_calls(modules: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str, Run], list[str]]:
-    """What each module is called through, by name, and why some are left out.
+    """Return a callable for each runtime and module, by name, and why some are left out.
 
     Args:
-        modules: By name, in eval mode.
-        x: Their input. What a runtime returns for it must agree with the module.
+        modules: Modules by name, in eval mode.
+        x: Their input. A runtime's result for it must agree with the module's.
     """
     calls: dict[str, Run] = {}
     missing = []
@@ -40,7 +40,7 @@ def runtime_calls(modules: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str
                     warnings.simplefilter("ignore")  # of exporters, about their own code
                     call = build(module, x)
                     difference = relative_error(call(x), module(x))
-            except Exception as error:  # each of the three has errors of its own
+            except Exception as error:  # each runtime raises its own errors
                 reason = str(error).strip().partition("\n")[0]
                 missing.append(f"{label}: {type(error).__name__}: {reason}")
                 continue
@@ -64,7 +64,7 @@ def _onnxruntime(module: nn.Module, x: Tensor) -> Run:
         path = str(Path(folder, "model.onnx"))
         program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
         assert program is not None
-        program.save(path, external_data=True)  # above 2 GB it has to be
+        program.save(path, external_data=True)  # required above 2 GB
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])

@@ -1,12 +1,12 @@
-"""When a GPU's processors would finish: ``python -m benchmarks.schedule``, a model, no measurement.
+"""A model of the time of a call on a GPU, not a measurement: ``python -m benchmarks.schedule``.
 
-Every launch is cut into the tiles that it really has, and the tiles are given to the processors one
-after another, each to the first that is free. A launch of fewer tiles than processors leaves some
-idle, and so does the last round of a larger one. *At perfect rates* a processor has its share of
-the published peak, and a tile costs nothing but its arithmetic. *Sober* takes the rates that tiles
-of their size reach, and what every tile spends before and after its loop. PyTorch's own products
-take the library's tile size that is soberly the fastest. Host times are those of
-``benchmarks.host_cost`` on this machine, and a call takes the longer of host and device.
+Every launch is cut into its actual tiles, and each tile goes to the first processor that is free. A
+launch with fewer tiles than processors leaves some of them idle, and so does the last round of a
+larger launch. *Perfect rates* assumes that a processor reaches its share of the published peak, and
+that a tile takes only the time of its arithmetic. *Sober* assumes the rates that tiles of their
+size reach, and adds the time that every tile takes before and after its loop. For PyTorch's own
+matmuls it assumes the library's tile size that is then the fastest. Host times are measured with
+``benchmarks.host_cost`` on this machine, and a call takes the longer of host and device time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ WIDTH, LANG_DIM, TOKENS = 1024, 4096, 256
 
 @dataclass(frozen=True)
 class Processors:
-    """A machine as the schedule sees it; rates of the whole machine.
+    """A GPU in this model; rates are those of the whole GPU.
 
     Attributes:
-        architecture: Compute capability that configurations are taken for.
-        count: Streaming multiprocessors.
-        rates: Published peaks: products, attention forward and backward, memory.
+        architecture: Compute capability whose configurations are used.
+        count: Number of streaming multiprocessors.
+        rates: Published peaks: matmuls, attention forward and backward, memory.
         l2: Bytes per second out of the L2 cache.
     """
 
@@ -68,7 +68,8 @@ MACHINES = {
     "B200": Processors(100, 148, model.Machine(1540e12, 1613e12, 1042e12, 7.2e12), 15e12),
 }
 AROUND = 4e-6  # seconds before and after the loop of a tile
-ATTENTION = 0.48  # reached of attention's peak: 9.5 µs for 128 queries, 256 keys, d 128 on an H100
+# Fraction of attention's peak that is reached: 9.5 µs for 128 queries, 256 keys, d 128 on an H100.
+ATTENTION = 0.48
 GAP = 1e-6  # seconds between two launches
 LIBRARY = ((128, 256), (128, 128), (64, 128), (64, 64))  # tiles that cuBLAS may take
 
@@ -78,12 +79,12 @@ class Row:
     """A launch in time.
 
     Attributes:
-        name: Of the kernel or PyTorch's operation.
-        tiles: Their number; 0 where memory alone counts.
+        name: Name of the kernel or of PyTorch's operation.
+        tiles: Number of tiles; 0 if only memory traffic counts.
         waves: Rounds of tiles.
         used: Share of the processors' time that is not idle, at perfect rates.
-        perfect: Seconds.
-        sober: Seconds.
+        perfect: Time at perfect rates, s.
+        sober: Sober time, s.
     """
 
     name: str
@@ -126,7 +127,7 @@ def _peak(name: str, rates: model.Machine) -> float:
 
 
 def _tiles(launch: model.Launch) -> list[Tiles]:
-    """Cut a launch into tiles; of PyTorch's products in each way that the library may."""
+    """Cut a launch into tiles; for PyTorch's matmuls in every way that the library may."""
     started = launch.started
     if started is None:
         if "attention" in launch.name:
@@ -143,14 +144,14 @@ def _tiles(launch: model.Launch) -> list[Tiles]:
 
 
 def _own_product(launch: Launch) -> Tiles:
-    """As the kernel orders its tiles, those of a triangular weight with their own depths."""
+    """Return the tiles of visproj's matmul in the kernel's order; triangular ones vary in depth."""
     rest = launch.rest
     sizes = rest["images"], rest["length"], rest["N"], rest["K"], launch.config.blocks
     return product_tiles(*sizes, triangular=rest["TRIANGULAR"], group=rest["GROUP_M"])
 
 
 def modules() -> dict[str, nn.Module]:
-    """What is compared, in bf16."""
+    """Return the modules that are compared, in bf16."""
     projector = PerceiverProjector(WIDTH, LANG_DIM)
     found: dict[str, nn.Module] = {"folded": fold(projector, dtype=torch.bfloat16)}
     found["unfolded"] = projector.bfloat16()
@@ -164,7 +165,7 @@ def modules() -> dict[str, nn.Module]:
 def schedules(
     modules: dict[str, nn.Module], machine: Processors, batch: int
 ) -> dict[tuple[str, str], list[Row]]:
-    """The launches of every module on a machine, by its name and ``forward`` or ``backward``."""
+    """Return the launches of every module, by its name and ``forward`` or ``backward``."""
     x = torch.empty(batch, 1 + TOKENS, WIDTH, dtype=torch.bfloat16)
     found = {}
     with ExitStack() as stack:
@@ -182,7 +183,7 @@ def schedules(
 
 
 def launch_table(title: str, rows: Sequence[Row]) -> Table:
-    """A line for every launch."""
+    """Return a table with a line for every launch."""
     table = Table(title=title, title_justify="left")
     for column in ("launch", "tiles", "waves", "SMs used", "µs, perfect rates", "µs, sober"):
         table.add_column(column, justify="left" if column == "launch" else "right")
@@ -195,7 +196,7 @@ def launch_table(title: str, rows: Sequence[Row]) -> Table:
 
 
 class Total(NamedTuple):
-    """A call in microseconds: the device at perfect rates and soberly, and the host."""
+    """The time of a call, µs: the device at perfect rates, the device soberly, and the host."""
 
     launches: int
     perfect: float
@@ -204,12 +205,12 @@ class Total(NamedTuple):
 
     @property
     def longest(self) -> float:
-        """What the call takes."""
+        """The time of the call, µs: the longer of the sober device time and the host time."""
         return max(self.sober, self.host)
 
 
 def total(key: tuple[str, str], rows: Sequence[Row], host: dict[str, float]) -> Total:
-    """Add up the launches of ``(name, mode)``; a backward is the training less the forward."""
+    """Add up the launches of ``(name, mode)``; a backward's host time is training less forward."""
     name, mode = key
     waits = host[name] if mode == "forward" else host[f"{name}, training"] - host[name]
     perfect = 1e6 * sum(launch.perfect for launch in rows)
@@ -217,7 +218,7 @@ def total(key: tuple[str, str], rows: Sequence[Row], host: dict[str, float]) -> 
 
 
 def total_table(title: str, totals: dict[tuple[str, str], Total]) -> Table:
-    """A line for every module and mode."""
+    """Return a table with a line for every module and mode."""
     table = Table(title=title, title_justify="left")
     columns = ("launches", "perfect rates", "sober", "host", "the longer", "upstream / it")
     for column in ("µs, a model", "mode", *columns):
@@ -232,9 +233,13 @@ def total_table(title: str, totals: dict[tuple[str, str], Total]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print every launch and the totals; the last line has the folded form's."""
     parser = Parser("python -m benchmarks.schedule", __doc__)
-    parser.add_argument("--machine", choices=MACHINES, default="H100")
-    parser.add_argument("--batch", type=positive_int, action="append", help="repeat for more")
-    parser.add_argument("--rounds", type=positive_int, default=20, help="of the host's timing")
+    parser.add_argument("--machine", choices=MACHINES, default="H100", help="GPU of the model")
+    parser.add_argument(
+        "--batch", type=positive_int, action="append", help="images per call; repeat for more"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=20, help="rounds of the host's timing"
+    )
     options = parser.parse_args(arguments)
     machine, batches = MACHINES[options.machine], options.batch or [1, 8, 32]
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Build, check and time the implementations of a group, and make rows of it."""
+"""Build, check and time the implementations of a group, and return rows of results."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from benchmarks.check import Truth, Verdict, check, checked_images, find_truth
 from benchmarks.results import FAILED, LEFT_OUT, Row
 
 MIB = 2**20
-# Autograd or CUDA graphs kept at once. What each holds is larger than its inputs, so that a few
-# of them fill the cache.
+# Autograd or CUDA graphs kept at once. Each holds more memory than its inputs, so that a few of
+# them fill the cache.
 MOST_GRAPHS = 8
 
 
 @dataclass
 class Candidate:
-    """An implementation at a shape: what is called, what it costs, whether it is right.
+    """An implementation at a shape: its callable, its costs, and the result of its check.
 
-    ``left_out`` says why it did not run, ``call`` is then ``None``.
+    ``left_out`` says why it did not run; ``call`` is then ``None``.
     """
 
     entry: Implementation
@@ -46,15 +46,15 @@ class Candidate:
 
     @property
     def fit(self) -> bool:
-        """Whether it may be timed."""
+        """True if it may be timed."""
         return self.call is not None and self.verdict.failure is None
 
     def has(self, mode: str) -> bool:
-        """Whether it has a backward, if ``mode`` needs one."""
+        """Return whether it has a backward, if ``mode`` needs one."""
         return self.entry.trains or mode in ("forward", GRAPH_MODE)
 
     def cost(self, mode: str) -> model.Cost:
-        """What a call costs on paper; a CUDA graph's is that of the forward."""
+        """Return the counted cost of a call; a CUDA graph has that of the forward."""
         assert self.costs is not None
         return self.costs["forward" if mode == GRAPH_MODE else mode]
 
@@ -70,10 +70,10 @@ class Prepared:
     candidates: list[Candidate]
 
     def calls(self, mode: str) -> tuple[dict[str, measure.Call], dict[str, str]]:
-        """What to time, by name: what is fit and has this mode. And, by name, what would not run.
+        """Return the calls to time, and the errors of those that would not run, both by name.
 
-        A call that raises, for want of memory or because it cannot be captured, must not take the
-        others with it.
+        A call that raises, because memory is short or it cannot be captured, must not stop the
+        others.
         """
         calls, failures = {}, {}
         for candidate in self.candidates:
@@ -89,7 +89,7 @@ class Prepared:
         return calls, failures
 
     def working_sets(self, mode: str) -> set[int]:
-        """Bytes that the candidates cannot avoid to touch in this mode."""
+        """Return the bytes that each candidate must at least read and write in this mode."""
         return {
             candidate.cost(mode).min_bytes
             for candidate in self.candidates
@@ -97,9 +97,9 @@ class Prepared:
         }
 
     def call(self, candidate: Candidate, mode: str) -> measure.Call:
-        """One call of a candidate, its inputs rotated by the number it is given.
+        """Return a call of a candidate that chooses its inputs by the number it is given.
 
-        A backward alone starts from graphs that are built here, one for each of the inputs.
+        For a backward alone, the autograd graphs are built here, one per input up to a limit.
         """
         run, count = candidate.call, len(self.inputs)
         assert run is not None
@@ -142,7 +142,7 @@ def prepare(group: Group, device: torch.device) -> Prepared:
 
 
 def _roughen(module: nn.Module) -> nn.Module:
-    """Give biases and gains some noise: at 0 and 1 a wrong one would not show."""
+    """Add noise to biases and gains, because at 0 and 1 errors in them would not show."""
     with torch.no_grad():
         for weight in module.parameters():
             if weight.requires_grad and weight.ndim == 1:
@@ -171,7 +171,7 @@ def _candidate(
     inputs: tuple[Tensor, ...],
     truth: Truth,
 ) -> Candidate:
-    """Build and check; an implementation that raises is one that fails."""
+    """Build and check an implementation; if it raises, it has failed."""
     shape, device = group.shape, inputs[0].device
     if reason := entry.missing(shape, device):
         return Candidate(entry, left_out=reason)
@@ -179,7 +179,7 @@ def _candidate(
     try:
         with torch.device("meta"):
             module = entry.build(shape)
-        # Everybody has the same tensors, not copies of them.
+        # All implementations share the same tensors.
         module.load_state_dict(reference.state_dict(), assign=True)
         if entry.convert:
             module = entry.convert(module, shape)
@@ -196,7 +196,7 @@ def _candidate(
             shape.dtype,
             trains=entry.trains and group.modes != ("forward",),
         )
-    except Exception as error:  # whatever it is, the other implementations go on
+    except Exception as error:  # the other implementations go on
         candidate.verdict = Verdict(failure=_one_line(error))
     return candidate
 
@@ -219,13 +219,14 @@ def measured(
     seconds: float,
     graphs: bool = False,
 ) -> Iterator[list[Row]]:
-    """Check a group, then time it mode by mode; rows of a mode at a time.
+    """Check a group, then time it mode by mode; yield the rows of each mode.
 
     Args:
-        group: What to measure.
-        device: Where.
-        ceilings: The machine's own; measured again beside every mode.
-        seconds: Time for all implementations in one mode together, s, beyond the least samples.
+        group: The group to measure.
+        device: Device to run on.
+        ceilings: The machine's peak rates, which are measured again with every mode.
+        seconds: Time for all implementations together in one mode, s; the minimum number of samples
+            may take longer.
         graphs: Whether to time the forward from CUDA graphs as well.
     """
     # A compiled backward would otherwise free what it needs to run again.
@@ -259,7 +260,7 @@ def _rows(prepared: Prepared, mode: str, ceilings: Ceilings, seconds: float) -> 
 
 
 def _untimed(prepared: Prepared, candidate: Candidate, mode: str, ceilings: Ceilings) -> Row:
-    """Everything about a candidate that needs no clock."""
+    """Return the row of a candidate without its times."""
     shape, verdict = prepared.group.shape, candidate.verdict
     row = Row(
         task=prepared.group.task.name,
@@ -290,7 +291,7 @@ def _untimed(prepared: Prepared, candidate: Candidate, mode: str, ceilings: Ceil
         model_min_mb=cost.min_bytes / 1e6,
         model_floor_us=1e6 * floor,
     )
-    if not candidate.entry.compiled:  # what a compiler fuses is its own business
+    if not candidate.entry.compiled:  # what a compiler fuses cannot be counted
         row = replace(row, model_launches=len(cost.launches))
     return row
 

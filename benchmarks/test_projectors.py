@@ -1,4 +1,4 @@
-"""The registry as pytest-benchmark sees it: ``pytest benchmarks --benchmark-only [-k smoke]``."""
+"""The registry for pytest-benchmark: ``pytest benchmarks --benchmark-only [-k smoke]``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
 
 
 def cases(set_name: str) -> Iterator[Case]:
-    """All cases of a set, those of a group one after another."""
+    """Yield all cases of a set, group by group."""
     for group in groups(set_name):
         for entry in group.implementations():
             for mode in group.modes:
@@ -46,7 +46,7 @@ def _prepared(group: Group) -> Prepared:
 
 @pytest.mark.benchmark(max_time=0.3)
 def test_time(case: Case, benchmark: Any) -> None:
-    """No time unless the result is the oracle's."""
+    """Time an implementation only if its result agrees with the oracle."""
     with torch._functorch.config.patch(donated_buffer=False):
         prepared = _prepared(case.group)
         candidate = next(c for c in prepared.candidates if c.entry.name == case.entry.name)

@@ -1,10 +1,10 @@
-"""Shipped configurations, in one table by kernel and architecture.
+"""The shipped autotuning configurations, in one table by kernel and architecture.
 
-An entry is ``p`` for pointers or ``d`` for descriptors, the tile sizes, warps and stages; they are
-in order of preference where there are tiles for every processor. Every one was compiled for its
-architecture and neither spills nor asks for more shared memory than there is: ``python -m
-benchmarks.codegen`` shows it. Tiles are rows x columns x depth of a product, and queries x keys of
-attention.
+An entry such as ``d128x64/8w2s`` has ``d`` for descriptors or ``p`` for pointers, the tile sizes,
+warps and stages. Entries are in order of preference for launches with enough tiles for every
+processor. Each was compiled for its architecture: none spills, and none needs more shared memory
+than there is (``python -m benchmarks.codegen``). Tiles are rows x columns x depth of a matmul, and
+queries x keys of attention.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ _HALF: dict[str, tuple[str, str, str, str, str]] = {
         "d64x32/8w1s p32x64/8w1s",
     ),
 }
-# Of packed keys, where those of a batch would spill.
+# Configurations for packed keys, where those for batched keys would spill.
 _HALF |= {
     "packed_cross_attention_fwd": (
         "p128x64/8w2s p64x32/4w2s",
@@ -161,7 +161,7 @@ _HALF |= {
 KERNELS = tuple(_HALF)
 
 # fp32, without and with tf32: one configuration for every architecture, or one for each column.
-# What is not listed takes the entry of the longest listed name that it starts with.
+# A kernel that is not listed takes the entry with the longest name that its own name starts with.
 _SINGLE: dict[str, dict[str, str | tuple[str, str, str, str, str]]] = {
     "ieee": {
         "linear": "p64x64x16/4w2s",
@@ -200,13 +200,13 @@ _COLUMN = {80: 0, 86: 1, 89: 1, 90: 2, 100: 3, 120: 4}
 def candidates(
     kernel: str, operands: Sequence[Tensor | None], precision: str
 ) -> tuple[Config, ...]:
-    """Configurations for the device of the operands, best first.
+    """Return the configurations for the device of the operands, best first.
 
     Args:
         kernel: One of :data:`KERNELS`.
-        operands: What moves through tiles. Where descriptors cannot address all of it, and with
-            ``VISPROJ_DESCRIPTORS=0``, only the configurations with pointers remain.
-        precision: Of fp32 products, ``"ieee"`` or ``"tf32"``.
+        operands: Tensors that are read or written in tiles. If descriptors cannot address all of
+            them, and with ``VISPROJ_DESCRIPTORS=0``, only configurations with pointers remain.
+        precision: Precision of fp32 matmuls, ``"ieee"`` or ``"tf32"``.
 
     Raises:
         ValueError: If ``VISPROJ_DESCRIPTORS`` is neither 0 nor 1.
@@ -224,17 +224,17 @@ def candidates(
 def _found(
     kernel: str, dtype: torch.dtype, precision: str, arch: int | str
 ) -> tuple[tuple[Config, ...], tuple[Config, ...]]:
-    """All configurations, and those with pointers: the same tuple if there are no others."""
+    """Return all configurations, and those with pointers; one tuple if there are no others."""
     found = shipped(kernel, dtype, nearest(arch), precision)
     pointers = tuple(config for config in found if not config.descriptors)
     return found, found if pointers == found else pointers
 
 
 def shipped(kernel: str, dtype: torch.dtype, arch: int, precision: str) -> tuple[Config, ...]:
-    """The table's row of ``kernel`` on an architecture of the table."""
+    """Return the configurations of ``kernel`` for an architecture of the table."""
     if dtype != torch.float32:
         choices = _parse(_HALF[kernel][_COLUMN[arch]])
-        # On sm_120 triton 3.6 writes to the stack beside every descriptor's load.
+        # On sm_120 triton 3.6 writes to the stack with every descriptor load.
         pointers = arch == 120 and triton.__version__.startswith("3.6.")
         return tuple(c for c in choices if not (pointers and c.descriptors))
     table = _SINGLE[precision]
@@ -246,7 +246,7 @@ def shipped(kernel: str, dtype: torch.dtype, arch: int, precision: str) -> tuple
 
 
 def nearest(arch: int | str) -> int:
-    """The newest architecture of the table that is not newer; for AMD's one of little memory."""
+    """Return the table's newest architecture up to ``arch``; for AMD one of little memory."""
     if isinstance(arch, str):
         return 86
     return max((known for known in ARCHITECTURES if known <= arch), default=ARCHITECTURES[0])

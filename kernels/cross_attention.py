@@ -22,19 +22,20 @@ from visproj.kernels.plans import key_of, recall
 from visproj.kernels.registry import Example, Sizes, register
 from visproj.kernels.tuning import LIBRARY, Library, choose
 
-# Below every sum of a score and a finite mask, and finite: -inf - -inf would be NaN.
+# Start of the running maximum, below every score with a finite mask. Not -inf, because -inf - -inf
+# is NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Triton compiles an argument of 1 in as a constant. A loop over a single key is then no loop, which
-# the compiler's pipeliner of descriptors does not survive (triton 3.7.1, sm_90).
+# Triton specialises an integer argument of 1 as a constant. Then a loop over one key is not a loop,
+# and the compiler fails to pipeline its descriptor loads (triton 3.7.1, sm_90).
 NO_CONSTANTS = ["keys"]
 
 
 @triton.jit
 def load_tile(
-    ptr,
-    tiles,
+    ptr,  # one head of one image, [length, width]
+    tiles,  # its descriptor, from describe_head
     row,
     stride_row,
     length,
@@ -43,7 +44,7 @@ def load_tile(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Rows ``row .. row + ROWS`` of one head, [ROWS, WIDTH]; zero beyond length and width."""
+    """Load rows ``row .. row + ROWS`` of one head, [ROWS, WIDTH]; zero beyond length and width."""
     if DESCRIPTORS:
         tile = tiles.load([row, 0])
     else:
@@ -53,7 +54,7 @@ def load_tile(
 
 @triton.jit
 def load_rows(ptr, row, stride_row, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The same through pointers."""
+    """Load the same tile through pointers, [ROWS, WIDTH]."""
     rows = row + tl.arange(0, ROWS)
     cols = tl.arange(0, WIDTH)
     return tl.load(
@@ -73,7 +74,7 @@ def describe_head(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """A descriptor of one head of one image, so that no tile reaches into the next; or ``ptr``."""
+    """Return a descriptor of one head of one image, so that no tile reads the next; or ``ptr``."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [length, width], [stride_row, 1], [ROWS, WIDTH])
     else:
@@ -82,10 +83,10 @@ def describe_head(
 
 @triton.jit
 def softmax_scores(dots, mask_ptr, cells, scale):
-    """Scores from products: in units of log 2 without a mask, plain with one.
+    """Scale q kᵀ to scores; without a mask also by log2 e, for exponentials in base 2.
 
-    A mask is added before any scaling, as SDPA does, so that finite masks of any size absorb scores
-    in the same way. It is padded with -inf and so closes the keys beyond the last.
+    A mask is added to the scores before log2 e is applied, as in SDPA, so that large finite masks
+    absorb scores in the same way. Its padding of -inf masks the keys after the last one.
     """
     if mask_ptr is None:
         return dots * (scale * LOG2E)
@@ -95,7 +96,7 @@ def softmax_scores(dots, mask_ptr, cells, scale):
 
 @triton.jit
 def power(x, MASKED: tl.constexpr):
-    """The exponential in the units of :func:`softmax_scores`."""
+    """Compute the exponential of a difference of scores from :func:`softmax_scores`."""
     if MASKED:
         x = x * LOG2E
     return tl.math.exp2(x)
@@ -103,7 +104,7 @@ def power(x, MASKED: tl.constexpr):
 
 @triton.jit
 def probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
-    """Probabilities from scores and the forward's statistics, shaped to broadcast."""
+    """Compute probabilities from scores and the forward's softmax statistics, which broadcast."""
     if MASKED:
         return tl.math.exp2((scores - lse) * LOG2E - log_sum)
     else:
@@ -112,21 +113,21 @@ def probabilities(scores, lse, log_sum, MASKED: tl.constexpr):
 
 @triton.jit
 def packed_keys(cu_seqlens_ptr, image):
-    """The first row of an image among packed keys, and how many keys it has."""
+    """Return the first row of an image among packed keys, and its number of keys."""
     start = tl.load(cu_seqlens_ptr + image)
     return start.to(tl.int64), tl.load(cu_seqlens_ptr + image + 1) - start
 
 
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_fwd_kernel(
-    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    q_ptr,  # [batch, queries, heads, width]; if shared [queries, heads, width], batch stride 0
     k_ptr,  # [batch, keys, heads, width]
     v_ptr,  # [batch, keys, heads, width]
-    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
-    cu_seqlens_ptr,  # [batch + 1] where keys of all images are [1, all keys, heads, width], or None
+    mask_ptr,  # [batch, heads, queries, keys padded], stride 0 where it broadcasts, or None
+    cu_seqlens_ptr,  # [batch + 1], first rows of packed keys [1, all keys, heads, width], or None
     out_ptr,  # [batch, queries, heads, width]
-    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
-    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
+    lse_ptr,  # [batch, heads, queries], log-sum-exp in base 2; with a mask the largest score
+    log_sum_ptr,  # [batch, heads, queries], with a mask log2 of the sum of exponentials, or None
     queries,
     keys,
     heads,
@@ -151,7 +152,10 @@ def _cross_attention_fwd_kernel(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """softmax(q kᵀ scale + mask) v for one tile of queries. Grid: (batch * heads * query tiles)."""
+    """One program: softmax(q kᵀ scale + mask) v for one tile of queries, over all keys.
+
+    Grid: (batch * heads * query tiles).
+    """
     query_tiles = tl.cdiv(queries, BLOCK_Q)
     image_head = (tl.program_id(0) // query_tiles).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -179,21 +183,21 @@ def _cross_attention_fwd_kernel(
     MASKED: tl.constexpr = mask_ptr is not None
     for key in range(0, keys, BLOCK_L):
         k = load_tile(k_ptr, k_tiles, key, stride_k_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
-        dots = tl.dot(q, k.T, input_precision=PRECISION)
+        dots = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_L]
         cols = key + tl.arange(0, BLOCK_L)
         scores = softmax_scores(dots, mask_ptr, mask_rows[:, None] + cols[None, :], scale)
         if TAIL:
             scores = tl.where((cols < keys)[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        p = power(scores - new_maximum[:, None], MASKED)
-        rescale = power(maximum - new_maximum, MASKED)
+        p = power(scores - new_maximum[:, None], MASKED)  # [BLOCK_Q, BLOCK_L]
+        rescale = power(maximum - new_maximum, MASKED)  # [BLOCK_Q]
         total = total * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         v = load_tile(v_ptr, v_tiles, key, stride_v_row, keys, width, BLOCK_L, WIDTH, DESCRIPTORS)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         maximum = new_maximum
 
-    # A query without a key has sum 0: its output is zero, and so are its probabilities backward.
+    # A fully masked query has the sum 0: its output and its probabilities in the backward are 0.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
@@ -210,7 +214,7 @@ def _cross_attention_fwd_kernel(
         log_sum = tl.math.log2(total)
         if MASKED:
             tl.store(log_sum_ptr + flat, log_sum, mask=in_rows)
-            # Never the largest score of a query that has a key: backward finds no probability.
+            # Infinity gives the probability 0 in the backward. No unmasked query has it as maximum.
             lse = tl.where(empty, float("inf"), maximum)
         else:
             lse = maximum + log_sum
@@ -226,7 +230,7 @@ def cross_attention_fwd(
     *,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output, and what the backward needs to know of each softmax.
+    """Compute attention, and the softmax statistics that the backward needs.
 
     Args:
         q: ``[Q, H, d]`` shared by the batch, or ``[B, Q, H, d]``; ``d`` at most 256.
@@ -234,15 +238,15 @@ def cross_attention_fwd(
         v: ``[B, L, H, d]``.
         mask: Additive, ``[B or 1, H or 1, Q or 1, padded L]`` with a contiguous last dimension,
             padded by -inf to a multiple of 128, which every tile of keys divides.
-        cu_seqlens: int32 ``[B + 1]``, where the keys of each image begin and the last end: ``k``
-            and ``v`` are then ``[1, all keys, H, d]``, ``q`` is shared and there is no mask.
-        statistics: Whether the second result is wanted.
+        cu_seqlens: int32 ``[B + 1]``: the first key of each image, then the number of all keys.
+            ``k`` and ``v`` are then ``[1, all keys, H, d]``, ``q`` is shared and ``mask`` is None.
+        statistics: Whether to return the softmax statistics.
 
     Returns:
-        ``[B, Q, H, d]`` in the dtype of ``q``, and fp32 ``[1, B, H, Q]``: the log2-sum-exp2 of the
-        scores in units of log 2. With a mask ``[2, B, H, Q]``: the largest score, and log2 of the
-        sum of exponentials. Beside a score of ``finfo.min``, which a mask may cause, their sum
-        would lose the second of them.
+        ``[B, Q, H, d]`` in the dtype of ``q``, and the statistics in fp32 or ``None``. Without a
+        mask they are ``[1, B, H, Q]``, the log-sum-exp of the scores in base 2. With a mask they
+        are ``[2, B, H, Q]``: the largest score, and log2 of the sum of exponentials. The sum of
+        these two would lose the second if a mask makes the largest score ``finfo.min``.
     """
     q, k, v = unit_columns(q, k, v)
     precision = dot_precision(q.dtype)
@@ -265,7 +269,7 @@ def _start(
     cu_seqlens: Tensor | None,
     statistics: bool,
 ) -> _Result:
-    """Allocate and launch."""
+    """Allocate the results and launch the kernel."""
     batch, (queries, heads, width) = images_of(k, cu_seqlens), q.shape[-3:]
     out = q.new_empty(batch, queries, heads, width)
     stats = lse = log_sum = None
@@ -288,17 +292,17 @@ def _start(
 
 
 def images_of(k: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many images the keys are of."""
+    """Return the number of images that the keys belong to."""
     return k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def _in_pytorch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: None, statistics: bool
 ) -> _Result:
-    """SDPA; with statistics, which only FlashAttention returns, without a mask."""
+    """Compute the same in PyTorch; statistics come from FlashAttention and exclude a mask."""
     q, k, v = (t.transpose(-3, -2).expand(len(k), -1, -1, -1) for t in (q, k, v))
     if statistics:
-        # Of a CPU, which tests run this on, the operation has another name.
+        # On a CPU, where tests run this, the operator has another name.
         aten = torch.ops.aten
         gpu = aten._scaled_dot_product_flash_attention
         flash = gpu if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
@@ -309,15 +313,15 @@ def _in_pytorch(
     if mask is not None:
         mask = mask[..., : k.shape[2]]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if mask is not None:  # a query without any key gets zeros from the kernel
+    if mask is not None:  # zeros for fully masked queries, as from the kernel
         out = out.masked_fill(mask.isneginf().all(-1, keepdim=True), 0.0)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _library_has(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, statistics: bool) -> bool:
-    """Whether PyTorch has this attention and its statistics.
+    """Return whether PyTorch can compute this attention and its statistics.
 
-    FlashAttention reads 16 bytes at a time and does not look whether they are aligned.
+    FlashAttention reads 16 bytes at a time and does not check whether they are aligned.
     """
     flash = mask is None and q.element_size() == 2 and q.shape[-1] % 8 == 0
     return (flash or not statistics) and configs.describable(q, k, v)
@@ -332,11 +336,11 @@ def _plan(
     statistics: bool,
     precision: str,
 ) -> tuple[Callable[..., _Result], bool]:
-    """Choose a configuration or PyTorch's way; returns whether that is settled as well."""
+    """Choose a configuration or PyTorch; return the plan and whether the choice is final."""
     queries, heads, width = q.shape[-3:]
     packed = cu_seqlens is not None
     batch = images_of(k, cu_seqlens)
-    keys = triton.cdiv(k.shape[0] * k.shape[1], batch)  # of an image, packed ones in the mean
+    keys = triton.cdiv(k.shape[0] * k.shape[1], batch)  # per image; the mean of packed images
 
     def plan(config: Config) -> Launch:
         block_q, block_l = config.blocks
@@ -381,7 +385,7 @@ def shared_arguments(
     *,
     packed: bool,
 ) -> dict[str, Any]:
-    """Return the arguments beside tensors that forward and backward have in common."""
+    """Return the arguments other than tensors that forward and backward have in common."""
     _, keys, heads, width = k.shape
     stride_mask_batch, stride_mask_head, stride_mask_row = (
         0 if mask is None or mask.shape[i] == 1 else mask.stride(i) for i in range(3)
@@ -413,7 +417,7 @@ def shared_arguments(
 
 
 def table_row(kernel: str, q: Tensor, mask: Tensor | None, packed: bool) -> str:
-    """Return the name of the configurations for this head width, with a mask, or packed keys."""
+    """Return the row of the configuration table for this head width, mask and packing."""
     wide = "_wide" if q.shape[-1] > 128 else ""
     return ("packed_" if packed else "") + kernel + ("" if mask is None else "_masked") + wide
 
@@ -424,7 +428,7 @@ def padded_width(width: int) -> int:
 
 
 def product_flops(count: int) -> Callable[[Mapping[str, Any]], int]:
-    """Return the FLOPs of ``count`` products of queries, keys and head width in every head."""
+    """Return a function for the FLOPs of ``count`` matmuls of queries, keys and head width."""
 
     def flops(arguments: Mapping[str, Any]) -> int:
         batch, keys, heads, width = arguments["k_ptr"].shape

@@ -41,19 +41,19 @@ from visproj.kernels.tuning import choose
 
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dkv_kernel(
-    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    q_ptr,  # [batch, queries, heads, width]; if shared [queries, heads, width], batch stride 0
     k_ptr,  # [batch, keys, heads, width]
     v_ptr,  # [batch, keys, heads, width]
-    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
-    cu_seqlens_ptr,  # [batch + 1] where keys of all images are [1, all keys, heads, width], or None
+    mask_ptr,  # [batch, heads, queries, keys padded], stride 0 where it broadcasts, or None
+    cu_seqlens_ptr,  # [batch + 1], first rows of packed keys [1, all keys, heads, width], or None
     dout_ptr,  # [batch, queries, heads, width]
-    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
-    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
-    delta_ptr,  # [batch, heads, queries]
+    lse_ptr,  # [batch, heads, queries], log-sum-exp in base 2; with a mask the largest score
+    log_sum_ptr,  # [batch, heads, queries], with a mask log2 of the sum of exponentials, or None
+    delta_ptr,  # [batch, heads, queries], sum of out * dout over the head width
     dk_ptr,  # [batch, keys, heads, width], heads and their widths contiguous
     dv_ptr,  # [batch, keys, heads, width] with the strides of dk
     queries,
-    keys,  # of an image, or of the one that has most
+    keys,  # per image; of packed images the largest number
     heads,
     width,
     scale,
@@ -77,7 +77,10 @@ def _cross_attention_bwd_dkv_kernel(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """dk and dv of one tile of keys, over all queries. Grid: (batch * heads * key tiles)."""
+    """One program: dk and dv of one tile of keys, over all queries; probabilities are recomputed.
+
+    Grid: (batch * heads * key tiles).
+    """
     key_tiles = tl.cdiv(keys, BLOCK_L)
     image_head = (tl.program_id(0) // key_tiles).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -120,13 +123,13 @@ def _cross_attention_bwd_dkv_kernel(
             q_ptr, q_tiles, first, stride_q_row, queries, width, BLOCK_Q, WIDTH, DESCRIPTORS
         )
         in_rows = rows < queries
-        # A query beyond the last has no probability: its lse is infinite.
+        # Rows beyond the last query have an infinite lse, so that their probabilities are 0.
         lse = tl.load(lse_ptr + rows, mask=in_rows, other=float("inf"))
         log_sum = lse
         if MASKED:
             log_sum = tl.load(log_sum_ptr + rows, mask=in_rows, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
-        dots = tl.dot(k, q.T, input_precision=PRECISION)
+        dots = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_L, BLOCK_Q]
         mask_rows = tl.minimum(rows, queries - 1).to(tl.int64) * stride_mask_row
         cells = mask_rows[None, :] + key_rows[:, None]
         scores = softmax_scores(dots, mask_ptr, cells, scale)
@@ -142,10 +145,10 @@ def _cross_attention_bwd_dkv_kernel(
             WIDTH,
             DESCRIPTORS,
         )
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)  # [BLOCK_L, WIDTH]
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)  # [BLOCK_L, BLOCK_Q]
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_L, WIDTH]
 
     cols = tl.arange(0, WIDTH)
     cells = first_row + key_rows.to(tl.int64)[:, None] * stride_dk_row
@@ -168,20 +171,21 @@ def cross_attention_bwd(
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
 ) -> Tensor:
-    """Gradients of :func:`visproj.kernels.cross_attention.cross_attention_fwd`.
+    """Compute the gradients of :func:`visproj.kernels.cross_attention.cross_attention_fwd`.
 
     Args:
-        dout: ``[B, Q, H, d]``.
-        q: As the forward got it; so are ``k``, ``v`` and ``mask``.
-        k: See ``q``.
-        v: See ``q``.
-        mask: See ``q``.
-        out: What the forward returned.
-        stats: Its statistics.
-        dk: ``[B, L, H, d]``, filled; heads and their widths contiguous.
-        dv: Filled alike, with the strides of ``dk``.
-        cu_seqlens: As the forward got it; ``dk`` and ``dv`` are then ``[1, all keys, H, d]``.
-        longest: With it, how many keys the image has that has most.
+        dout: Gradient of the output, ``[B, Q, H, d]``.
+        q: As in the forward.
+        k: As in the forward.
+        v: As in the forward.
+        mask: As in the forward.
+        out: Output of the forward, ``[B, Q, H, d]``.
+        stats: Softmax statistics of the forward.
+        dk: Written with the gradient of ``k``, ``[B, L, H, d]``; the last two dimensions are
+            contiguous.
+        dv: Written with the gradient of ``v``; the strides are those of ``dk``.
+        cu_seqlens: As in the forward; ``dk`` and ``dv`` are then ``[1, all keys, H, d]``.
+        longest: With ``cu_seqlens``, the largest number of keys of an image.
 
     Returns:
         ``dq`` in the shape of ``q``, for shared queries summed over the batch in a fixed order.
@@ -198,7 +202,7 @@ def cross_attention_bwd(
 def cross_attention_bwd_dkv(
     given: Given, dk: Tensor, dv: Tensor, longest: int | None = None
 ) -> None:
-    """Fill ``dk`` and ``dv``."""
+    """Write the gradients of keys and values to ``dk`` and ``dv``."""
     precision = dot_precision(given.q.dtype)
     launch = recall(
         key_of("cross_attention_bwd_dkv", (*given, dk, dv), precision, longest),
@@ -210,7 +214,7 @@ def cross_attention_bwd_dkv(
 def _plan_dkv(
     given: Given, dk: Tensor, dv: Tensor, longest: int | None, precision: str
 ) -> tuple[Launch, bool]:
-    """Choose a configuration; returns whether it is settled as well."""
+    """Choose a configuration; return the launch and whether the choice is final."""
     q, k, v, mask, dout, *_ = given
     packed = given.cu_seqlens is not None
     batch, heads, width = images_of(k, given.cu_seqlens), *k.shape[2:]

@@ -1,4 +1,4 @@
-"""What the backward of attention needs of every query first: its output times the gradient."""
+"""The first kernel of attention's backward: the sum of output times gradient for every query."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def _cross_attention_bwd_delta_kernel(
     BLOCK_Q: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """delta = sum of out * dout over the head width. Grid: (batch * heads * query tiles)."""
+    """One program: delta, the sum of out * dout over the head width, for one tile of queries.
+
+    Grid: (batch * heads * query tiles).
+    """
     query_tiles = tl.cdiv(queries, BLOCK_Q)
     image_head = (tl.program_id(0) // query_tiles).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -32,7 +35,7 @@ def _cross_attention_bwd_delta_kernel(
     cols = tl.arange(0, WIDTH)
     inside = (rows < queries)[:, None] & (cols < width)[None, :]
     cells = ((image * queries + rows) * heads + head)[:, None] * width + cols[None, :]
-    out = tl.load(out_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + cells, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_Q, WIDTH]
     dout = tl.load(dout_ptr + cells, mask=inside, other=0.0).to(tl.float32)
     tl.store(delta_ptr + image_head * queries + rows, tl.sum(out * dout, 1), mask=rows < queries)
 

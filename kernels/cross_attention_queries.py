@@ -37,7 +37,7 @@ from visproj.kernels.tuning import choose
 
 @triton.jit
 def _rows_by_rows(a, b, PRECISION: tl.constexpr):
-    """a @ b.T; in fp32 as the transpose of b @ a.T, which spills by the hundred the other way."""
+    """Return a @ b.T; in fp32 as the transpose of b @ a.T, which avoids many register spills."""
     if a.dtype == tl.float32:
         return tl.trans(tl.dot(b, a.T, input_precision=PRECISION))
     else:
@@ -46,16 +46,16 @@ def _rows_by_rows(a, b, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=NO_CONSTANTS)
 def _cross_attention_bwd_dq_kernel(
-    q_ptr,  # [batch, queries, heads, width], or without the batch: stride 0
+    q_ptr,  # [batch, queries, heads, width]; if shared [queries, heads, width], batch stride 0
     k_ptr,  # [batch, keys, heads, width]
     v_ptr,  # [batch, keys, heads, width]
-    mask_ptr,  # [batch, heads, queries, keys padded], any of the first three with stride 0
-    cu_seqlens_ptr,  # [batch + 1] where keys of all images are [1, all keys, heads, width], or None
+    mask_ptr,  # [batch, heads, queries, keys padded], stride 0 where it broadcasts, or None
+    cu_seqlens_ptr,  # [batch + 1], first rows of packed keys [1, all keys, heads, width], or None
     dout_ptr,  # [batch, queries, heads, width]
-    lse_ptr,  # [batch, heads, queries]: with a mask the largest score only
-    log_sum_ptr,  # [batch, heads, queries]: with a mask log2 of the sum of exponentials, or None
-    delta_ptr,  # [batch, heads, queries]
-    dq_ptr,  # [parts, queries, heads, width]
+    lse_ptr,  # [batch, heads, queries], log-sum-exp in base 2; with a mask the largest score
+    log_sum_ptr,  # [batch, heads, queries], with a mask log2 of the sum of exponentials, or None
+    delta_ptr,  # [batch, heads, queries], sum of out * dout over the head width
+    dq_ptr,  # [parts, queries, heads, width], one part per run of images
     batch,
     queries,
     keys,
@@ -82,9 +82,9 @@ def _cross_attention_bwd_dq_kernel(
     WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """dq of one tile of queries, summed over a run of images. Grid: (runs * heads * query tiles).
+    """One program: dq of one tile of queries, summed over a run of consecutive images.
 
-    Queries of their own for every image are runs of one image.
+    Grid: (runs * heads * query tiles). If the images do not share queries, each is a run.
     """
     query_tiles = tl.cdiv(queries, BLOCK_Q)
     part_head = (tl.program_id(0) // query_tiles).to(tl.int64)
@@ -104,7 +104,7 @@ def _cross_attention_bwd_dq_kernel(
     k_ptr += head * stride_k_head
     v_ptr += head * stride_v_head
     dout_ptr += head * width
-    # Of all images: each waits for all threads when it is made.
+    # One descriptor for all images, because making one synchronises all threads.
     TOGETHER: tl.constexpr = DESCRIPTORS and cu_seqlens_ptr is None
     if TOGETHER:
         k_tiles = tl.make_tensor_descriptor(
@@ -156,7 +156,7 @@ def _cross_attention_bwd_dq_kernel(
                 k = k_tiles.load([key, 0])
             else:
                 k = load_rows(k_head, key, stride_k_row, image_keys, width, BLOCK_L, WIDTH)
-            dots = _rows_by_rows(q, k, PRECISION)
+            dots = _rows_by_rows(q, k, PRECISION)  # [BLOCK_Q, BLOCK_L]
             cells = (cell + mask_rows)[:, None] + cols[None, :]
             scores = softmax_scores(dots, mask_ptr, cells, scale)
             if TAIL:
@@ -168,9 +168,9 @@ def _cross_attention_bwd_dq_kernel(
                 v = v_tiles.load([key, 0])
             else:
                 v = load_rows(v_head, key, stride_v_row, image_keys, width, BLOCK_L, WIDTH)
-            dp = _rows_by_rows(dout, v, PRECISION)
+            dp = _rows_by_rows(dout, v, PRECISION)  # [BLOCK_Q, BLOCK_L]
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BLOCK_Q, WIDTH]
 
     cols = tl.arange(0, WIDTH)
     cells = ((part * queries + rows) * heads + head)[:, None] * width + cols[None, :]
@@ -179,7 +179,7 @@ def _cross_attention_bwd_dq_kernel(
 
 
 class Given(NamedTuple):
-    """What both halves of the backward read."""
+    """The tensors that both backward kernels read."""
 
     q: Tensor
     k: Tensor
@@ -192,7 +192,7 @@ class Given(NamedTuple):
     cu_seqlens: Tensor | None = None
 
     def pointers(self) -> dict[str, Tensor | None]:
-        """By the names of the kernels' arguments."""
+        """Return the tensors by the names of the kernels' arguments."""
         return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
 
 
@@ -210,27 +210,27 @@ def cross_attention_bwd_dq(given: Given) -> Tensor:
 
 
 class _QueryPlan(NamedTuple):
-    """The gradient of the queries, whose configuration is settled."""
+    """The launch for the gradient of the queries, with its configuration."""
 
     launch: Launch
     parts: int  # of the batch, summed afterwards
     dtype: torch.dtype  # of the parts
 
     def __call__(self, given: Given) -> Tensor:
-        """Allocate and launch: ``[parts, Q, H, d]``."""
+        """Allocate ``[parts, Q, H, d]``, launch the kernel and return it."""
         dq = given.q.new_empty(self.parts, *given.q.shape[-3:], dtype=self.dtype)
         self.launch(**given.pointers(), dq_ptr=dq)
         return dq
 
 
 def split_of_the_batch(batch: int, tiles: int, processors: int) -> int:
-    """Return into how many parts to split a batch, each with programs of its own for every tile.
+    """Return the number of parts to split a batch into; each has its own programs for every tile.
 
-    Time is counted in images: rounds of programs on the processors, times the images that each
-    program goes through. The fewest parts within 5 % of the shortest are taken, because every part
-    is written and read once more.
+    The time of a split is estimated as the rounds of programs on the processors times the images
+    per program. Of the splits within 5 % of the shortest time, the one with the fewest parts is
+    returned, because every part is written and read once more.
     """
-    # No part may be empty: with 5 images there are no 4 parts, of 2 images each.
+    # No part may be empty: 5 images cannot be split into 4 parts of 2 images each.
     possible = {triton.cdiv(batch, triton.cdiv(batch, parts)) for parts in range(1, batch + 1)}
     times = {
         parts: triton.cdiv(tiles * parts, processors) * triton.cdiv(batch, parts)
@@ -240,11 +240,11 @@ def split_of_the_batch(batch: int, tiles: int, processors: int) -> int:
 
 
 def _plan_dq(given: Given, precision: str) -> tuple[_QueryPlan, bool]:
-    """Choose a configuration; returns whether it is settled as well."""
+    """Choose a configuration; return the plan and whether the choice is final."""
     q, k, v, mask, dout, *_ = given
     packed = given.cu_seqlens is not None
     batch, heads, width = images_of(k, given.cu_seqlens), *k.shape[2:]
-    keys = triton.cdiv(k.shape[0] * k.shape[1], batch)  # of an image, packed ones in the mean
+    keys = triton.cdiv(k.shape[0] * k.shape[1], batch)  # per image; the mean of packed images
     queries = q.shape[-3]
     shared = q.ndim == 3
 

@@ -1,4 +1,4 @@
-"""What the kernels run on, and in which precision they multiply there."""
+"""The device that kernels run on, and the precision of their matmuls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import triton
 from visproj.errors import InputError
 from visproj.kernels.interpreter import interpreting, repair
 
-INTERPRETING = interpreting()  # settled when the kernels are decorated, which is next
+INTERPRETING = interpreting()  # does not change once the kernels are decorated, on import
 if INTERPRETING:
     repair()
 
-# What the interpreter pretends to be, so that it runs shipped configurations.
+# The architecture whose shipped configurations the interpreter runs.
 _INTERPRETED_ARCHITECTURE = 80
 
 
 def switched_on(variable: str) -> bool:
-    """Return whether a variable of the environment is 1, as it is when unset or empty, and not 0.
+    """Return whether an environment variable is 1, not 0; unset or empty, it counts as 1.
 
     Raises:
         ValueError: If it is anything else.
@@ -34,7 +34,7 @@ def switched_on(variable: str) -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int | str:
-    """Return the compute capability of a device as 80, 90, …; AMD's name of it there."""
+    """Return the compute capability of a device as 80, 90, …; on AMD the architecture's name."""
     if INTERPRETING:
         return _INTERPRETED_ARCHITECTURE
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -42,14 +42,14 @@ def architecture(device: torch.device) -> int | str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs of a large tile run at once; 4 where nothing runs in parallel."""
+    """Return the number of streaming multiprocessors; 4 on a CPU and in the interpreter."""
     if device.type != "cuda" or INTERPRETING:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return ``input_precision`` of ``tl.dot`` for ``dtype``, as PyTorch's matmul has it.
+    """Return ``input_precision`` of ``tl.dot`` for ``dtype``, by PyTorch's setting for matmuls.
 
     The setting of ``torch.backends.cuda.matmul.fp32_precision`` comes first: once it is set, the
     older ``torch.get_float32_matmul_precision()`` raises.

@@ -1,11 +1,17 @@
 """Triton's interpreter (``TRITON_INTERPRET=1``), repaired where it gets bf16 wrong.
 
-The interpreter keeps bf16 as bit patterns in uint16, having no NumPy type for it. Seen in triton
-3.6.0, 3.7.1 and 3.8.0: arithmetic, comparisons, ``tl.fma``, ``tl.dot`` and reductions that stay in
-bf16 take the patterns for integers; fp32 becomes bf16 by truncation, some NaNs thereby Inf; casts
-lose subnormals; fp64 and integers become bf16 by value, 3 the pattern 3; bf16 constants other than
-0 raise; the NaN padding of a bf16 descriptor is 0; ``tl.dot`` does not round operands to tf32. In
-3.6.0 and 3.7.1 ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` propagate a NaN that a GPU drops.
+The interpreter stores bf16 as bit patterns in uint16, because NumPy has no type for it. The errors,
+seen in triton 3.6.0, 3.7.1 and 3.8.0:
+
+- Arithmetic, comparisons, ``tl.fma``, ``tl.dot`` and reductions that stay in bf16 take the bit
+  patterns for integers.
+- fp32 becomes bf16 by truncation, which turns some NaNs into Inf. Casts lose subnormals.
+- fp64 and integers become bf16 without conversion: 3 becomes the bit pattern 3.
+- bf16 constants other than 0 raise.
+- The NaN padding of a bf16 descriptor is 0.
+- ``tl.dot`` does not round operands to tf32.
+- In 3.6.0 and 3.7.1 ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` propagate a NaN that a GPU
+  drops.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ NAN = np.uint16(0x7FC0)
 
 
 def interpreting() -> bool:
-    """Whether kernels that this process decorates from now on are interpreted."""
+    """Return whether kernels that this process decorates from now on are interpreted."""
     if find_spec("triton") is None:
         return False
     from triton import knobs
@@ -30,12 +36,12 @@ def interpreting() -> bool:
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
-    """The fp32 values that bf16 bit patterns stand for."""
+    """Return the fp32 values of bf16 bit patterns."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def _narrow(values: Any, to_nearest: bool = True) -> np.ndarray:
-    """The bf16 bit patterns of numbers, by way of fp32: to nearest even, or towards zero."""
+    """Return the bf16 bit patterns of numbers, rounded from fp32 to nearest even or to zero."""
     with np.errstate(over="ignore"):
         values = np.asarray(values, dtype=np.float32)
         bits = values.view(np.uint32)
@@ -45,7 +51,7 @@ def _narrow(values: Any, to_nearest: bool = True) -> np.ndarray:
 
 
 def _round_to_tf32(values: np.ndarray) -> np.ndarray:
-    """Fp32 values with 10 bits of mantissa; ties away from zero, like PTX's ``cvt.rna.tf32``."""
+    """Round fp32 values to 10 bits of mantissa, ties away from zero, as PTX's ``cvt.rna.tf32``."""
     rounded = ((values.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
 
@@ -54,12 +60,12 @@ def repair() -> None:
     """Make the interpreter compute bf16 in fp32 and round to nearest even; idempotent.
 
     A sum of bf16 numbers is rounded at every addition, as on a GPU: ``tl.sum``, unlike ``tl.max``
-    and ``tl.cumsum``, does not go to fp32 by itself.
+    and ``tl.cumsum``, does not convert to fp32.
 
-    The repair also rounds the fp32 operands of ``tl.dot(..., input_precision="tf32")``, and has
-    ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` drop a NaN unless asked to propagate it. Left as
-    they are: bf16 atomics, which raise; ``tl.fma`` in fp32, which rounds twice; casts to and from
-    fp8 but for the bf16 side of them; the NaN padding of block pointers; printed bf16 tensors,
+    The repair also rounds the fp32 operands of ``tl.dot(..., input_precision="tf32")``, and makes
+    ``tl.maximum``, ``tl.minimum`` and ``tl.clamp`` drop a NaN unless asked to propagate it. It does
+    not repair bf16 atomics, which raise; ``tl.fma`` in fp32, which rounds twice; casts to and from
+    fp8, except for their bf16 side; the NaN padding of block pointers; and printed bf16 tensors,
     which show bit patterns.
     """
     import triton.language as tl
@@ -148,8 +154,9 @@ def repair() -> None:
             loaded.data = np.where(inside, loaded.data, NAN)
         return loaded
 
-    # A reduction that NumPy has too skips the builder: it gets fp32 under a bf16 type, which
-    # to_tensor then makes true. Any other one calls its combine function, hence the builder.
+    # A reduction that NumPy has too does not call the builder. It gets fp32 values with a bf16
+    # type, and to_tensor rounds its result to bf16. Any other reduction calls its combine function,
+    # and so the builder.
     @replace(interpreter.ReduceOps, "min_max")
     @replace(interpreter.ScanOps, "cumsum", "cumprod")
     def reduce_in_fp32(self, stock, tensor, **operations):

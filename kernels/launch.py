@@ -1,4 +1,4 @@
-"""One way to compile a kernel, and the launch that every launcher goes through."""
+"""An autotuning configuration of a kernel, and the launch that every launcher uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from visproj.kernels.device import INTERPRETING, architecture
 
 @dataclass(frozen=True)
 class Config:
-    """One way to compile a kernel.
+    """An autotuning configuration: one way to compile a kernel.
 
     Attributes:
         blocks: Tile sizes, in the order in which the kernel's launcher names them.
@@ -33,16 +33,16 @@ class Config:
 
 
 class Launch:
-    """A kernel with everything but its tensors, to be started any number of times.
+    """A kernel with all its arguments except the tensors, which can be started repeatedly.
 
-    The first start goes through Triton's binder, which compiles for what it is given. Further ones
-    hand their tensors to what was compiled: each must have the dtype and alignment of the first
-    start's, and be ``None`` where that was.
+    The first start goes through Triton's binder, which compiles the kernel for its arguments. Later
+    starts pass their tensors to the compiled kernel directly. Each of these tensors must have the
+    dtype and alignment of the first start's tensor, and be ``None`` if that was ``None``.
 
     Args:
-        kernel: What Triton compiles; its tensors come first.
-        programs: How many instances run.
-        config: How it is compiled.
+        kernel: The function that Triton compiles; its tensors come first.
+        programs: Number of programs.
+        config: Configuration that it is compiled with.
         device: Where it runs, on that device's current stream.
         rest: The arguments after the tensors, by name.
     """
@@ -64,7 +64,7 @@ class Launch:
         """Start the kernel.
 
         Raises:
-            RuntimeError: If it does not compile or start; the message has the configuration.
+            RuntimeError: If it does not compile or start; the message states the configuration.
         """
         device = self.device
         try:
@@ -81,13 +81,13 @@ class Launch:
             ) from error
 
     def start(self, tensors: dict[str, Tensor | None]) -> None:
-        """Start the kernel on the current device; what counts launches replaces this."""
+        """Start the kernel on the current device; code that counts launches replaces this."""
         if not self.config.descriptors:
             self._start(tensors)
             return
         from triton.runtime import _allocation
 
-        # The few bytes that descriptors made in a kernel need.
+        # Allocates the few bytes that descriptors made in a kernel need.
         token = _allocation._allocator.set(self._allocate)
         try:
             self._start(tensors)

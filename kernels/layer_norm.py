@@ -34,17 +34,17 @@ def _layer_norm_fwd_kernel(
     rstd_ptr,  # [M]
     width,
     share,  # 1 / width, rounded to fp32
-    share_rest,  # what that rounding took away
+    share_rest,  # 1 / width - share, the rounding error
     eps,
     BLOCK: tl.constexpr,
 ):
-    """One row: both passes over it in registers. Grid: (M)."""
+    """One program: LayerNorm of one row, which stays in registers for both passes. Grid: (M)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.load(x_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
-    # A row of one value has that value as its mean, for which the quotient must be rounded once.
-    # / is up to 2 ulps off, and tl.div_rn a call, around which registers are spilled.
+    # The mean of a row of equal values must be that value, so the quotient must be rounded once.
+    # The result of / is up to 2 ulps off, and the call of tl.div_rn makes registers spill.
     total = tl.sum(x, 0)
     mean = tl.fma(total, share, total * share_rest)
     centred = tl.where(inside, x - mean, 0.0)
@@ -65,7 +65,7 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
     gain_ptr,  # [width]
-    sums_ptr,  # [2, M]: of rows passed over twice, what _layer_norm_sums_kernel leaves
+    sums_ptr,  # [2, M] from _layer_norm_sums_kernel if a row is wider than BLOCK, or None
     dx_ptr,  # [M, width], may be grad_ptr
     dgain_ptr,  # [runs, width]
     dshift_ptr,  # [runs, width]
@@ -76,7 +76,10 @@ def _layer_norm_bwd_kernel(
     rows_per_run,
     BLOCK: tl.constexpr,
 ):
-    """dx of a run of rows, and its share of dgain, dshift and dx's sum. Grid: (blocks * runs)."""
+    """One program: dx of a run of rows in one block of columns, and the sums over these rows.
+
+    Grid: (blocks * runs). Summed over the runs, they are dgain, dshift and the sum of dx.
+    """
     run = (tl.program_id(0) % runs).to(tl.int64)
     cols = tl.program_id(0) // runs * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
@@ -117,7 +120,10 @@ def _layer_norm_sums_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """Of one row, the sums of grad * gain and of grad * gain * x normalised. Grid: (M)."""
+    """One program: for one row, the sums of grad * gain and of that times normalised x.
+
+    Grid: (M).
+    """
     row = tl.program_id(0).to(tl.int64)
     mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -132,9 +138,9 @@ def _layer_norm_sums_kernel(
     tl.store(sums_ptr + M + row, tl.sum(along, 0))
 
 
-_WIDEST = 16384  # bytes of a row of which the backward holds all that it needs in registers
-_WIDEST_UNALIGNED = 1024  # columns, if their number keeps rows off 16 bytes: an address each
-_BLOCK = 4096  # columns at a time of wider ones
+_WIDEST = 16384  # bytes of the widest row that the backward holds in registers
+_WIDEST_UNALIGNED = 1024  # its columns if rows are not 16-byte aligned: one address per column
+_BLOCK = 4096  # columns per block of wider rows
 
 
 def _row_config(width: int, columns_per_warp: int) -> Config:
@@ -152,11 +158,12 @@ def layer_norm_fwd(
     in_place: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LayerNorm of the rows of a contiguous ``[..., width]`` tensor.
+    """Compute LayerNorm of the rows of a contiguous ``[..., width]`` tensor.
 
     Returns:
-        ``[..., width]``, which is ``x`` itself with ``in_place`` where the dtype allows it; with
-        ``statistics`` also its rows' mean and ``1 / sqrt(var + eps)``, fp32 ``[...]``.
+        ``[..., width]`` in ``out_dtype``, which is ``x`` itself with ``in_place`` if it has that
+        dtype; with ``statistics`` also its rows' mean and ``1 / sqrt(var + eps)``, fp32 ``[...]``,
+        else ``None``.
     """
     width = x.shape[-1]
     reuse = in_place and x.dtype == out_dtype
@@ -196,15 +203,15 @@ def layer_norm_bwd(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of LayerNorm in one pass over ``grad`` and ``x``, both contiguous ``[M, width]``.
+    """Compute the gradients of LayerNorm in one pass over ``grad`` and ``x``.
 
-    Rows of more than 16 KiB, or of more than 1024 columns if these are not a multiple of 16, are
-    passed over twice, in blocks of columns.
+    Both are contiguous ``[M, width]``. Rows of more than 16 KiB, or of more than 1024 columns if
+    these are not a multiple of 16, take two passes over blocks of columns.
 
     Returns:
         ``dx`` (``grad`` itself with ``in_place``), and fp32 ``dgain``, ``dshift`` and the sum of
-        the rows of ``dx``, each ``[width]``: sums over a fixed number of runs of rows, merged in a
-        fixed order.
+        the rows of ``dx``, each ``[width]``. These are summed over a fixed number of runs of rows
+        in a fixed order.
     """
     rows, width = x.shape
     dx = grad if in_place else torch.empty_like(x)
@@ -250,7 +257,7 @@ def layer_norm_bwd(
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:
-    """Of every row, the sums of ``grad * gain`` and of that times the normalised row."""
+    """Return for every row the sums of ``grad * gain`` and of that times the normalised row."""
     rows, width = x.shape
     sums = x.new_empty(2, rows, dtype=torch.float32)
 
@@ -277,7 +284,7 @@ def _backward_example(s: Sizes, call: Callable[..., object]) -> object:
     return call(grad, x, mean, mean, s.tensor(s.outputs))
 
 
-# Rows of each power of two are compiled in a way of their own, and so are those whose width is no
+# The kernels compile differently for each power of two of the width, and for widths that are not a
 # multiple of 16.
 _UNALIGNED = tuple({"outputs": n} for n in (100, 1000, 2001, 3000, 8191, 16383))
 _ALIGNED = tuple({"outputs": n} for n in (256, 512, 1024, 2048, 5120, 8192, 12288, 16384))

@@ -1,4 +1,4 @@
-"""How operands lie in memory, and the copies of those that the kernels cannot read as they lie."""
+"""The memory layout of operands, and copies of those that the kernels cannot read directly."""
 
 from __future__ import annotations
 

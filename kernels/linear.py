@@ -1,4 +1,4 @@
-"""A matrix product whose epilogue scales rows and adds a table, or keeps only their squares."""
+"""A matmul whose epilogue scales rows and adds a table, or stores only the rows' squared norms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from visproj.kernels.tuning import LIBRARY, Library, choose
 
 @triton.jit
 def _grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Order tiles so that neighbours in time share rows and columns in the L2 cache."""
+    """Return row and column tile, in an order in which close tiles share data in the L2 cache."""
     group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     group_m = min(tiles_m - first_m, GROUP_M)
@@ -42,10 +42,10 @@ def _linear_fwd_kernel(
     weight_ptr,  # [N, K]
     out_ptr,  # [images * length, N]
     bias_ptr,  # [N]
-    scale_ptr,  # [parts, M]: sums of squares of which a row's scale follows
+    scale_ptr,  # [parts, M], parts of the sums of squares that give each row's scale
     shift_ptr,  # [N]
     table_ptr,  # [length, table_columns]
-    squares_ptr,  # [tiles_n, M]: sums of squares of each tile's part of a row
+    squares_ptr,  # [tiles_n, M], sum of squares of each row in every column tile
     parts,
     eps,
     M,
@@ -67,9 +67,10 @@ def _linear_fwd_kernel(
     GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """rstd * (x @ weight.T + bias) + shift + table with rstd = 1 / sqrt(sum of squares + eps).
+    """One program: a tile of rstd * (x @ weight.T + bias) + shift + table, or its squares.
 
-    Grid: (row tiles of every image * column tiles). A tile never crosses an image.
+    rstd = 1 / sqrt(sum of squares + eps). Grid: (row tiles of every image * column tiles). A tile
+    never crosses from one image to the next.
     """
     row_tiles = tl.cdiv(length, BLOCK_M)
     tile_m, tile_n = _grouped(tl.program_id(0), images * row_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -93,7 +94,7 @@ def _linear_fwd_kernel(
         weight_tiles = tl.make_tensor_descriptor(
             weight_ptr, [N, K], [stride_weight_row, 1], [BLOCK_N, BLOCK_K]
         )
-        # Made before the loop: each waits for all threads.
+        # Made before the loop, because making a descriptor synchronises all threads.
         if table_ptr is not None:
             table_tiles = tl.make_tensor_descriptor(
                 table_ptr, [length, table_columns], [stride_table_row, 1], [BLOCK_M, BLOCK_N]
@@ -103,8 +104,8 @@ def _linear_fwd_kernel(
                 out_ptr + image * length * N, [length, N], [N, 1], [BLOCK_M, BLOCK_N]
             )
         for k in range(first_k, K, BLOCK_K):
-            x = x_tiles.load([first_row, k])
-            weight = weight_tiles.load([first_col, k])
+            x = x_tiles.load([first_row, k])  # [BLOCK_M, BLOCK_K]
+            weight = weight_tiles.load([first_col, k])  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
     else:
         ks = tl.arange(0, BLOCK_K)
@@ -115,8 +116,8 @@ def _linear_fwd_kernel(
             if not EVEN_K:
                 in_x = in_x & (ks < K - k)[None, :]
                 in_weight = in_weight & (ks < K - k)[:, None]
-            x = tl.load(x_ptrs + k, mask=in_x, other=0.0)
-            weight = tl.load(weight_ptrs + k, mask=in_weight, other=0.0)
+            x = tl.load(x_ptrs + k, mask=in_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+            weight = tl.load(weight_ptrs + k, mask=in_weight, other=0.0)  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
@@ -152,9 +153,9 @@ def _linear_fwd_kernel(
 
 
 class Epilogue(NamedTuple):
-    """What follows a product: ``rstd (product + bias) + shift + table``.
+    """The epilogue of a matmul: ``rstd (x Wᵀ + bias) + shift + table``.
 
-    With squares, ``rstd = 1 / sqrt(their sum over the parts + eps)``, else 1.
+    With ``squares``, ``rstd = 1 / sqrt(their sum over the parts + eps)``; without, it is 1.
     """
 
     bias: Tensor | None = None  # [N]
@@ -176,24 +177,24 @@ class _Operands(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """What is done with the operands."""
+    """The settings of a matmul."""
 
     precision: str
-    parts: int | None = None  # of the squares
-    eps: float = 0.0  # added to their sum
+    parts: int | None = None  # number of parts of the squares
+    eps: float = 0.0  # added to the sum of the squares
     store: bool = True
     triangular: bool = False
 
 
 class _Plan(NamedTuple):
-    """A product whose configuration is settled."""
+    """The launch of a matmul, with its configuration and the shape of its result."""
 
     launch: Launch
     out: tuple[int, ...]  # the shape of the result, or of the squares where it is not stored
     store: bool
 
     def __call__(self, operands: _Operands) -> Tensor:
-        """Allocate and launch."""
+        """Allocate the result and launch the kernel."""
         x = operands.x
         out = x.new_empty(self.out, dtype=x.dtype if self.store else torch.float32)
         self.launch(
@@ -210,11 +211,11 @@ class _Plan(NamedTuple):
 
 
 _PRODUCT_ALONE = Epilogue()
-_GROUP = 8  # tiles of rows whose columns follow one another
+_GROUP = 8  # row tiles that start before the next column tile
 
 
 def _launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, **options: bool) -> Tensor:
-    """Launch the product with its epilogue; ``options`` are those of :class:`_Product`."""
+    """Launch a matmul with its epilogue; ``options`` are those of :class:`_Product`."""
     bias, squares, shift, table, eps = epilogue
     x, weight, table = unit_columns(x, weight, table)
     operands = _Operands(x, weight, *contiguous(bias, squares, shift), table)
@@ -225,7 +226,7 @@ def _launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, **options: boo
 
 
 def _in_pytorch(operands: _Operands) -> Tensor:
-    """A product that is stored and not scaled, with what follows it."""
+    """Compute a matmul without row scale, and its epilogue, in PyTorch."""
     x, weight, bias, _, shift, table = operands
     out = library_product(x.contiguous(), weight, bias)
     if shift is not None:
@@ -236,7 +237,7 @@ def _in_pytorch(operands: _Operands) -> Tensor:
 
 
 def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of contiguous ``[B, L, K]``, whose own result is a view: FSDP2 would warn."""
+    """Compute ``F.linear`` of contiguous ``[B, L, K]``, not as a view: FSDP2 warns about views."""
     out = x.new_empty(*x.shape[:2], weight.shape[0])
     rows, target = x.flatten(0, 1), out.flatten(0, 1)
     if bias is None:
@@ -247,14 +248,14 @@ def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _plan(operands: _Operands, product: _Product) -> tuple[Any, bool]:
-    """Choose a :class:`_Plan`, or what PyTorch has for it; returns whether it is settled too."""
+    """Choose a :class:`_Plan` or PyTorch; return it and whether the choice is final."""
     x, weight, table = operands.x, operands.weight, operands.table
     precision, parts, eps, store, triangular = product
     images, length, K = x.shape
     N = weight.shape[0]
     shape = images, length, N
     if table is None and (images == 1 or x.stride(0) == length * x.stride(1)):
-        images, length = 1, images * length  # no tile has a boundary to respect
+        images, length = 1, images * length  # tiles may cross from one image to the next
     M = images * length
 
     def plan(config: Config | Library) -> Callable[[_Operands], Tensor]:
@@ -305,12 +306,12 @@ def _plan(operands: _Operands, product: _Product) -> tuple[Any, bool]:
 
 
 def linear_fwd(x: Tensor, weight: Tensor, epilogue: Epilogue = _PRODUCT_ALONE) -> Tensor:
-    """``x Wᵀ`` and what follows it.
+    """Compute ``x Wᵀ`` and its epilogue.
 
     Args:
-        x: ``[B, L, K]``; any strides, copied only where its last dimension is not contiguous.
+        x: ``[B, L, K]``; any strides, copied only if its last dimension is not contiguous.
         weight: ``[N, K]``.
-        epilogue: What follows the product.
+        epilogue: The epilogue of the matmul.
 
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
@@ -319,7 +320,9 @@ def linear_fwd(x: Tensor, weight: Tensor, epilogue: Epilogue = _PRODUCT_ALONE) -
 
 
 def row_squares_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Sums of squares of the rows of ``x Wᵀ + b`` for an upper triangular ``W``; nothing is stored.
+    """Compute the sums of squares of the rows of ``x Wᵀ + b``, ``W`` upper triangular.
+
+    ``x Wᵀ + b`` itself is not stored.
 
     Args:
         x: ``[B, L, K]``.
@@ -343,18 +346,19 @@ def folded_linear_fwd(
     eps: float,
     library: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``rstd * (x Wᵀ + bias) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``.
+    """Compute ``rstd * (x Wᵀ + bias) + shift + table``, ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``.
 
     Args:
         x: ``[B, L, K]``.
         weight: ``[N, K]``.
         bias: ``[N]``.
         stats_weight: ``R``, upper triangular ``[<= K, K]``.
-        stats_bias: ``r``.
+        stats_bias: ``r``, ``[rows of R]``.
         shift: ``[N]`` or ``None``.
         table: ``[L, columns]`` or ``None``.
-        eps: Added to the square.
-        library: PyTorch's own way, which takes the arguments before it; timed where it is given.
+        eps: Added to the squared norm.
+        library: The same function in PyTorch, which takes the arguments before this one. If given,
+            it is timed as well.
 
     Returns:
         ``[B, L, N]`` in the dtype of ``x``.
@@ -374,7 +378,7 @@ class _FoldedPlan(NamedTuple):
     product: _Plan
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Take those of :func:`folded_linear_fwd`; eps is in the plan."""
+        """Launch for arguments of :func:`folded_linear_fwd`; the plan already contains eps."""
         x, weight, bias, stats_weight, stats_bias, shift, table, _ = arguments
         squares = self.squares(_Operands(x, stats_weight, stats_bias))
         return self.product(_Operands(x, weight, bias, squares, shift, table))
@@ -383,7 +387,7 @@ class _FoldedPlan(NamedTuple):
 def _plan_folded(
     operands: tuple[Any, ...], eps: float, precision: str, library: Callable[..., Tensor] | None
 ) -> tuple[Callable[..., Tensor], bool]:
-    """Choose between the kernels and the library; returns whether that is settled as well."""
+    """Choose the kernels or PyTorch; return the plan and whether the choice is final."""
     x, weight, bias, stats_weight, stats_bias, shift, table = operands
     norm = _Operands(x, stats_weight, stats_bias)
     squares_plan, settled = _plan(norm, _Product(precision, store=False, triangular=True))
@@ -391,7 +395,7 @@ def _plan_folded(
     scaled = _Operands(x, weight, bias, squares, shift, table)
     plan, also = _plan(scaled, _Product(precision, len(squares), eps))
     ours = _FoldedPlan(squares_plan, plan)
-    # Before it is scaled, a product may be more than fp16 holds: the kernel has it in fp32.
+    # Before scaling, the matmul may overflow fp16. The kernels keep it in fp32.
     if library is None or x.dtype == torch.float16 or not (settled and also):
         return ours, settled and also
     ways: dict[Any, Callable[..., Tensor]] = {"kernels": ours, LIBRARY: library}
@@ -403,7 +407,7 @@ def _plan_folded(
 
 
 def _flops(arguments: Mapping[str, Any]) -> int:
-    """Of a product whose kernel skips the tiles in which a triangular weight is zero."""
+    """Return the FLOPs of a matmul, without the skipped zero tiles of a triangular weight."""
     M, N, K = (arguments[name] for name in "MNK")
     if not arguments["TRIANGULAR"]:
         return 2 * M * N * K

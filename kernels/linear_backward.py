@@ -1,4 +1,4 @@
-"""The weight gradient of a Linear whose input is a LayerNorm's output, recomputed."""
+"""The weight gradient of a Linear whose input, a LayerNorm's output, is recomputed."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def _linear_bwd_weight_kernel(
     BLOCK_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """grad.T @ LayerNorm(y), the normalised rows recomputed. Grid: (tiles of N * tiles of K).
+    """One program: a tile of grad.T @ LayerNorm(y), over all rows, which are normalised again.
 
-    The programs of the first column of tiles also sum grad.
+    Grid: (tiles of N * tiles of K). The programs of the first tile of K also sum grad to dbias.
     """
     tiles_k = tl.cdiv(K, BLOCK_K)
     first_n = tl.program_id(0) // tiles_k * BLOCK_N
@@ -63,8 +63,8 @@ def _linear_bwd_weight_kernel(
         rows = first + tl.arange(0, BLOCK_M)
         in_rows = rows < M
         if DESCRIPTORS:
-            grad = grad_tiles.load([first, first_n])
-            y = y_tiles.load([first, first_k])
+            grad = grad_tiles.load([first, first_n])  # [BLOCK_M, BLOCK_N]
+            y = y_tiles.load([first, first_k])  # [BLOCK_M, BLOCK_K]
         else:
             cells = rows.to(tl.int64)[:, None]
             in_grad, in_y = (
@@ -111,18 +111,20 @@ def linear_bwd_weight(
     dweight: Tensor,
     dbias: Tensor,
 ) -> None:
-    """Gradients of ``W`` and ``b`` in ``LayerNorm(y) Wᵀ + b``; the rows are normalised again.
+    """Compute the gradients of ``W`` and ``b`` in ``LayerNorm(y) Wᵀ + b``.
+
+    The rows of ``y`` are normalised again.
 
     Args:
         grad: Gradient of the output, ``[M, N]``.
         y: ``[M, K]``.
-        mean: Of the rows of ``y``, fp32 ``[M]``.
+        mean: Mean of the rows of ``y``, fp32 ``[M]``.
         rstd: ``1 / sqrt(var + eps)`` of its rows, fp32 ``[M]``.
         gain: ``[K]``.
         shift: ``[K]`` or ``None``.
         eps: Added to the variance.
-        dweight: Where the gradient of ``W`` goes, contiguous ``[N, K]``.
-        dbias: Where that of ``b`` goes, contiguous ``[N]``.
+        dweight: Written with the gradient of ``W``, contiguous ``[N, K]``.
+        dbias: Written with the gradient of ``b``, contiguous ``[N]``.
     """
     operands = _Operands(*contiguous(grad, y, mean, rstd, gain, shift), dweight, dbias)
     precision = dot_precision(y.dtype)
@@ -135,7 +137,7 @@ def _start(launch: Launch, operands: _Operands) -> None:
 
 
 def _in_pytorch(eps: float, operands: _Operands) -> None:
-    """The normalised rows are stored once more."""
+    """Compute the gradients in PyTorch, which stores the normalised rows once more."""
     grad, y, _, _, gain, shift, dweight, dbias = operands
     options: dict[str, Any] = {"out_dtype": y.dtype, "in_place": False, "statistics": False}
     normal, *_ = layer_norm_fwd(y, gain, shift, eps, **options)
@@ -146,7 +148,7 @@ def _in_pytorch(eps: float, operands: _Operands) -> None:
 def _plan(
     operands: _Operands, eps: float, precision: str
 ) -> tuple[Callable[[_Operands], None], bool]:
-    """Choose a configuration or PyTorch's way; returns whether that is settled as well."""
+    """Choose a configuration or PyTorch; return the plan and whether the choice is final."""
     grad, y, *_ = operands
     (M, N), K = grad.shape, y.shape[1]
 

@@ -1,4 +1,4 @@
-"""How long a launch's tiles occupy the processors of a GPU, by the arithmetic in each of them."""
+"""An estimate of how long a launch's tiles occupy the processors of a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import triton
 
-_MANY = 64  # rounds of tiles, of which the last no longer matters
-# What a tile of a product reaches of the peak, by its elements: estimates from Triton's published
-# 128x256 (640 of 790 TFLOP/s on an H100), 128x128 (550) and 64x128 (380).
+_MANY = 64  # rounds of tiles from which on the last, partial round does not matter
+# The fraction of the peak that a matmul's tile reaches, by its number of elements: estimates from
+# Triton's published 128x256 (640 of 790 TFLOP/s on an H100), 128x128 (550) and 64x128 (380).
 _REACHED = ((128 * 256, 640 / 790), (128 * 128, 550 / 790), (0, 380 / 790))
 
 
@@ -20,11 +20,11 @@ class Tiles:
     """The tiles of a launch.
 
     Attributes:
-        work: Of each tile, in the order in which they start: FLOPs, or anything else that takes
-            time in proportion.
+        work: Work of each tile, in the order in which they start: FLOPs, or anything else in
+            proportion to time.
         resident: Tiles that one processor holds at once.
-        size: Elements of a tile of a product; 0 for attention.
-        traffic: Elements that all tiles read.
+        size: Elements of a matmul's tile; 0 for attention.
+        traffic: Elements that all tiles together read.
     """
 
     work: Sequence[float]
@@ -33,20 +33,20 @@ class Tiles:
     traffic: float = 0.0
 
     def shared_by(self, processors: int) -> int:
-        """Tiles that share a processor: as many as it holds, if there are so many."""
+        """Return how many tiles share a processor: as many as it holds, or fewer for few tiles."""
         return min(self.resident, max(1, math.ceil(len(self.work) / processors)))
 
     def reached(self) -> float:
-        """What a tile of a product of this size reaches of the peak."""
+        """Return the fraction of the peak that a matmul's tile of this size reaches."""
         return next(rate for size, rate in _REACHED if self.size >= size)
 
     def seconds(self, processors: int, rate: float = 1.0, around: float = 0.0) -> float:
-        """Time until the last tile ends.
+        """Return the time until the last tile ends, in seconds.
 
         Args:
-            processors: Their number.
+            processors: Number of processors.
             rate: Work per second of all processors together.
-            around: Seconds that every tile takes beside its work.
+            around: Seconds that every tile takes in addition to its work.
         """
         slots = processors * self.shared_by(processors)
         if len(self.work) > _MANY * slots:
@@ -72,16 +72,16 @@ def product_tiles(
     triangular: bool = False,
     group: int = 1,
 ) -> Tiles:
-    """Tiles of a product ``[images, rows, depth]`` by ``[columns, depth]``, transposed.
+    """Return the tiles of a matmul, ``[images, rows, depth]`` by ``[columns, depth]`` transposed.
 
     Args:
-        images: A tile never crosses from one to the next.
-        rows: Of each image.
-        columns: Of the result.
-        depth: What is summed over.
+        images: Number of images; a tile never crosses from one to the next.
+        rows: Rows of each image.
+        columns: Columns of the result.
+        depth: Size of the dimension that is summed over.
         blocks: Rows, columns and depth of a tile.
-        triangular: Whether a tile of columns starts at the depth of its first column.
-        group: Tiles of rows that start before the next tile of columns.
+        triangular: Whether a column tile starts at the depth of its first column.
+        group: Row tiles that start before the next column tile.
     """
     block_m, block_n, block_k = blocks
     row_tiles, column_tiles = images * triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)

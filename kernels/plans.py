@@ -1,8 +1,8 @@
-"""What launchers settled for operands of one kind, found again when such operands return.
+"""A cache of launch plans, by the properties of the operands.
 
-A launcher settles a configuration, a grid and the shapes of its outputs from the shapes, strides,
-dtypes, alignment and device of its operands. With them as a key, the next call is spared all that.
-The environment is asked when a plan is made, not again.
+A launcher chooses a configuration, a grid and the shapes of its outputs from the shapes, strides,
+dtypes, alignment and device of its operands. These are the key of the cache, so that the next call
+with such operands skips the choice. Environment variables are read when a plan is made, not again.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from visproj.kernels.launch import Launch
 P = TypeVar("P")
 Key = tuple[Any, ...]
 
-MOST = 4096  # plans kept; sequences of ever new lengths make ever new plans
-REMEMBERS = True  # not where kernels are only compiled, each time for another device
+MOST = 4096  # plans kept; inputs of ever new lengths would otherwise add plans without end
+REMEMBERS = True  # False while kernels are only compiled, each time for another device
 _plans: dict[Key, Any] = {}
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def key_of(name: str, operands: Sequence[Tensor | None], *settings: Any) -> Key | None:
-    """Return what a launcher's choices follow from, ``None`` where nothing is to be remembered.
+    """Return the key of a launcher's plan, or ``None`` if the plan must not be cached.
 
     Args:
-        name: Of the launcher.
-        operands: All its tensors; a fake one or another subclass has no address to ask for.
-        settings: All else that its choices follow from.
+        name: Name of the launcher.
+        operands: All its tensors. With a fake tensor or another subclass, which has no address,
+            nothing is cached.
+        settings: Everything else that the plan depends on.
     """
     if not REMEMBERS:
         return None
@@ -47,11 +48,11 @@ def key_of(name: str, operands: Sequence[Tensor | None], *settings: Any) -> Key 
 
 
 def recall(key: Key | None, make: Callable[[], tuple[P, bool]]) -> P:
-    """Return the plan of a key, made and remembered at its first use.
+    """Return the plan of a key; make and cache it at the first use.
 
     Args:
-        key: Of :func:`key_of`.
-        make: Returns a plan, and whether it would be the same the next time.
+        key: Result of :func:`key_of`.
+        make: Returns a plan, and whether it is final. Only a final plan is cached.
     """
     plan = _plans.get(key)
     if plan is None:
@@ -66,5 +67,5 @@ def recall(key: Key | None, make: Callable[[], tuple[P, bool]]) -> P:
 def recall_launch(
     name: str, operands: Sequence[Tensor | None], make: Callable[[], Launch], *settings: Any
 ) -> Launch:
-    """Return the launch of a kernel whose configuration follows from the shapes alone."""
+    """Return the cached launch of a kernel whose configuration depends on the operands alone."""
     return recall(key_of(name, operands, *settings), lambda: (make(), True))

@@ -1,8 +1,8 @@
-"""What tools and tests know of each kernel beside its code: its FLOPs, and examples of its use.
+"""The registry of kernels for tools and tests: FLOPs, and example calls.
 
-A module of this folder adds both beside its launchers. Counting costs, reading what the compiler
-made of a kernel, compiling it where dimensions are 1 and running it in the sanitizer all start
-from here, so a kernel that is registered is in all four.
+Each module of this folder registers both after its launchers. Four tools use the registry: cost
+counting, reading of compiled code, compilation with dimensions of 1, and the sanitizer. A kernel
+that is registered is covered by all four.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ PACKAGE = "visproj.kernels"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of an example; as they stand, a Perceiver's between CLIP-L and a 4096-wide model.
+    """Dimensions of an example, by default a Perceiver's between CLIP-L and a 4096-wide model.
 
     Attributes:
-        images: ``B``.
-        length: Tokens, and keys, per image: ``L``.
-        inputs: Width of what a product reads: ``K``.
-        outputs: Width of what it writes: ``N``.
-        queries: ``Q``.
-        heads: ``H``.
-        width: Of a head: ``d``.
+        images: Number of images, ``B``.
+        length: Tokens and keys per image, ``L``.
+        inputs: Input width of a matmul, ``K``.
+        outputs: Output width of a matmul, ``N``.
+        queries: Number of queries, ``Q``.
+        heads: Number of heads, ``H``.
+        width: Width of a head, ``d``.
         shared: Whether all images share the queries.
-        dtype: Of operands; statistics are fp32.
+        dtype: Dtype of the operands; statistics are fp32.
         make: Called as ``make(*shape, dtype=)`` for every tensor.
     """
 
@@ -66,15 +66,17 @@ class Example:
 
     Attributes:
         call: Launches the kernel once, as the last launch of the call.
-        table: Its row in :mod:`visproj.kernels.configs`; empty if its launcher chooses.
-        tile: The dimensions of a tile, a letter each, in the order of a configuration's blocks;
+        table: Its row in :mod:`visproj.kernels.configs`; empty for a kernel without one, whose
+            launcher chooses the configuration.
+        tile: The dimensions of a tile, one letter each, in the order of a configuration's blocks;
             ``d`` is the padded width of a head.
-        products: Rows, columns and depth of the products of one pass through its loop.
-        descriptors: How many operands move through descriptors.
-        blocks: Blocks per SM that its first choice with descriptors leaves room for on sm_90.
-        wide_loads: Whether a kernel that takes no configuration must load 128 bits at a time.
-        compiled: Whether its shipped configurations are read; else only its edges are compiled.
-        others: Sizes by name at which a kernel that takes no configuration compiles differently.
+        products: Rows, columns and depth of each matmul in one iteration of its loop.
+        descriptors: Number of operands that are read or written through descriptors.
+        blocks: Blocks per SM that must fit on sm_90 with its first configuration with descriptors.
+        wide_loads: Whether a kernel without a row in the table must load 128 bits at a time.
+        compiled: Whether the compiled code of its configurations is checked. If not, it is only
+            compiled with dimensions of 1.
+        others: Sizes by name at which a kernel without a row in the table compiles differently.
     """
 
     call: Callable[[Sizes], object]
@@ -88,7 +90,7 @@ class Example:
     others: tuple[Mapping[str, int], ...] = ()
 
     def at(self, sizes: Mapping[str, int]) -> Example:
-        """Return the example with some of its sizes replaced; loads are wide at multiples of 16."""
+        """Return the example with other sizes; multiples of 16 keep the check for wide loads."""
         wide = self.wide_loads and all(n % 16 == 0 for n in sizes.values())
         return replace(
             self, call=lambda s: self.call(replace(s, **sizes)), wide_loads=wide, others=()
@@ -104,13 +106,13 @@ def register(
     examples: Mapping[str, Example],
     flops: Callable[[Mapping[str, Any]], int] = lambda arguments: 0,
 ) -> None:
-    """Make a kernel known.
+    """Register a kernel.
 
     Args:
         kernel: The function that Triton compiles.
-        examples: By name. One whose operands a mask or a head wider than 128 would change has the
-            name of its row in the table of configurations.
-        flops: Of the matrix products of one launch, from the kernel's arguments by name.
+        examples: Examples by name. An example that also exists with a mask or with heads wider than
+            128 must have the name of its row in the table of configurations.
+        flops: Returns the FLOPs of the matmuls of one launch, from the kernel's arguments by name.
     """
     FLOPS[kernel.__name__] = flops
     EXAMPLES.update(examples)

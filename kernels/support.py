@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run on a device. Imports no triton by itself."""
+"""The check whether Triton kernels can run on a device; works without triton installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OLDEST = (8, 0)
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """What keeps the kernels from running on a device, in a few words; ``None`` if nothing does."""
+    """Return why the kernels cannot run on a device, or ``None`` if they can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     from visproj.kernels.interpreter import interpreting

@@ -1,4 +1,4 @@
-"""Choosing a configuration: timed at first use and remembered on disk."""
+"""Autotuning: the choice of a configuration, timed at its first use and cached on disk."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from visproj.kernels.makespan import Tiles
 
 _log = logging.getLogger("visproj")
 
-_chosen: dict[str, str] = {}  # what files say
-_remembered: dict[tuple[Any, ...], Any] = {}  # what was looked up or timed in this process
+_chosen: dict[str, str] = {}  # choices that were read from files
+_remembered: dict[tuple[Any, ...], Any] = {}  # choices looked up or timed in this process
 _files_read: set[Path] = set()
 _lock = threading.Lock()  # held while timing as well: two threads would disturb each other
 
 
-C = TypeVar("C")  # a configuration, or anything else with a name of its own
+C = TypeVar("C")  # a configuration, or anything else that str() gives a unique name
 
 
 class Library:
-    """PyTorch's own way to do what a kernel does: timed like a configuration."""
+    """PyTorch's own implementation of what a kernel computes, timed like a configuration."""
 
     def __str__(self) -> str:
         return "PyTorch"
@@ -40,7 +40,7 @@ LIBRARY = Library()
 
 
 class Choice(NamedTuple, Generic[C]):
-    """A configuration, and whether the next call would be given the same."""
+    """A configuration, and whether the choice is final: the next call would get the same."""
 
     config: C
     settled: bool
@@ -56,20 +56,21 @@ def choose(
 ) -> Choice[C]:
     """Return the best of ``choices``.
 
-    The first use of a kernel at a shape (its first entry, the rows, counted in powers of two) times
-    every choice, :data:`LIBRARY` among them where the launcher offers it, and remembers the
-    fastest, in this process and in :func:`cache_file`. While a CUDA
-    graph is captured, in an initialised process group, under the interpreter and with
-    ``VISPROJ_AUTOTUNE=0`` nothing is timed: what is remembered is taken, else :func:`untimed`.
-    ``VISPROJ_AUTOTUNE=0`` takes that always, and so does a first use without the memory that timing
-    itself takes. A choice that fails, or runs out of memory, is passed over.
+    The first use of a kernel with a shape times every choice, including :data:`LIBRARY` if the
+    launcher offers it. The fastest is cached in this process and in :func:`cache_file`. The first
+    entry of the shape, the number of rows, is rounded up to a power of two.
+
+    Nothing is timed while a CUDA graph is captured, in an initialised process group or under the
+    interpreter: then a cached choice is used, or :func:`untimed` if there is none. With
+    ``VISPROJ_AUTOTUNE=0``, or if timing itself runs out of memory, :func:`untimed` is used. A
+    choice that fails or runs out of memory is skipped.
 
     Args:
-        kernel: Its name.
-        shape: What the best choice depends on; counts of tokens in powers of two, so that not every
-            new count is timed.
+        kernel: Name of the kernel.
+        shape: Everything that the best choice depends on. Callers round counts of tokens to powers
+            of two, so that not every new count is timed.
         choices: In order of preference.
-        prepare: Returns what runs the kernel with a configuration, safe to repeat.
+        prepare: Returns a function that runs the kernel with a configuration, safe to repeat.
         like: A tensor on the device.
         tiles: See :func:`untimed`.
 
@@ -78,7 +79,7 @@ def choose(
         ValueError: If ``VISPROJ_AUTOTUNE`` is neither 0 nor 1.
     """
     off = os.environ.get("VISPROJ_AUTOTUNE") and not switched_on("VISPROJ_AUTOTUNE")
-    own = [choice for choice in choices if choice is not LIBRARY]  # nothing is known of it untimed
+    own = [choice for choice in choices if choice is not LIBRARY]  # cannot be judged untimed
     if off or len(choices) == 1:
         return Choice(untimed(own, tiles, like.device), True)
     rows, *rest = shape
@@ -87,7 +88,7 @@ def choose(
     if (known := _remembered.get(key)) is None:
         with _lock, torch.cuda.device_of(like):
             known = _read_or_timed(names, choices, prepare, like.device)
-        if known is None:  # capturing a graph ends; a process group and the interpreter stay
+        if known is None:  # not final during a capture, or without memory for timing
             first = untimed(own, tiles, like.device)
             return Choice(first, INTERPRETING or _distributed())
         _remembered[key] = known
@@ -97,13 +98,13 @@ def choose(
 def untimed(choices: Sequence[C], tiles: Callable[[C], Tiles] | None, device: torch.device) -> C:
     """Return the choice whose tiles occupy the processors for the shortest time.
 
-    Large tiles reach more of the peak, but where they are fewer than the processors, smaller ones
-    are done sooner. Of choices that take equally long the first is returned.
+    Large tiles reach more of the peak, but if there are fewer tiles than processors, smaller ones
+    finish sooner. Of choices that take equally long, the first is returned.
 
     Args:
         choices: In order of preference.
-        tiles: Of a choice; without, the first is taken.
-        device: Whose processors are counted.
+        tiles: Returns the tiles of a choice. If ``None``, the first choice is returned.
+        device: Device whose processors are counted.
     """
     if tiles is None or len(choices) == 1:
         return choices[0]
@@ -117,7 +118,7 @@ def untimed(choices: Sequence[C], tiles: Callable[[C], Tiles] | None, device: to
 
 
 def cache_file() -> Path | None:
-    """Where choices are kept: one file for every version of triton and kind of device."""
+    """Return the file for choices, one per version of triton and kind of device, or ``None``."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -131,7 +132,7 @@ def _read_or_timed(
     prepare: Callable[[C], Callable[[], object]],
     device: torch.device,
 ) -> C | None:
-    """Return what an earlier process chose, else the fastest; ``None`` where nothing is timed."""
+    """Return an earlier process's choice, else the fastest; ``None`` if nothing may be timed."""
     if INTERPRETING:
         return None
     kernel, *others = names
@@ -156,19 +157,19 @@ def _read_or_timed(
 
 
 def _fastest(kernel: str, choices: Sequence[C], prepare: Callable[[C], Callable[[], object]]) -> C:
-    """Time every choice. One that does not compile or start is passed over, with a warning."""
+    """Time every choice and return the fastest; skip, with a warning, those that fail."""
     found = {choice: _milliseconds(prepare(choice)) for choice in choices}
     times = {choice: time for choice, time in found.items() if isinstance(time, float)}
     for choice, error in found.items():
         if isinstance(error, RuntimeError):
             if not times:
                 raise error
-            _log.warning("passed over %s of %s: %s", choice, kernel, error)
+            _log.warning("skipped %s for the kernel %s: %s", choice, kernel, error)
     return min(times, key=times.__getitem__)
 
 
 def _milliseconds(run: Callable[[], object]) -> float | RuntimeError:
-    """Time a call, or return its own error; that timing itself has no memory is raised."""
+    """Return the time of a call, ms, or its error; raise if timing itself runs out of memory."""
     failed: list[RuntimeError] = []
 
     def call() -> None:
@@ -191,7 +192,7 @@ def _distributed() -> bool:
 
 
 def recorded(path: Path) -> dict[str, str]:
-    """What earlier processes chose. What cannot be read or understood counts as not there."""
+    """Return the choices of earlier processes; none if the file cannot be read or parsed."""
     try:
         stored = read_json_object(path)
     except (OSError, ValueError):
@@ -200,7 +201,7 @@ def recorded(path: Path) -> dict[str, str]:
 
 
 def _write(path: Path, choices: dict[str, str]) -> None:
-    """Replace the file in one step. A folder that cannot be written only costs the next process."""
+    """Replace the file in one step; if that fails, later processes time again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:

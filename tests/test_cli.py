@@ -82,7 +82,7 @@ def test_unreachable_hub(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: no directory nobody/nothing, and the model hub did not")
+    assert done.stderr.startswith("error: nobody/nothing is not a local directory and could not")
     assert "leave out --encoder" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not out.exists()
@@ -254,7 +254,7 @@ def test_bench_without_the_repository(run, monkeypatch, tmp_path):
     status, stdout, stderr = run("bench", "--set", "smoke")
     assert (status, stdout) == (1, "")
     assert stderr == (
-        "error: the benchmarks are in the repository, not in the package: use a clone\n"
+        "error: the installed package does not contain the benchmarks: run the command in a clone\n"
     )
 
 

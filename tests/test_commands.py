@@ -220,7 +220,7 @@ def test_info_with_a_broken_package(run, tmp_path):
     path = os.pathsep.join([str(tmp_path / "broken"), str(ROOT)])
     status, stdout, stderr = run("info", PYTHONPATH=path)
     assert (status, stderr) == (0, "")
-    assert "  cannot be found out: OSError: libcudart.so: no such file\n" in stdout
+    assert "  cannot be determined: OSError: libcudart.so: no such file\n" in stdout
     assert "settings:\n" in stdout
 
 

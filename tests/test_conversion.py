@@ -264,11 +264,11 @@ def checkpointing(projector):
 REFUSED = {
     lora: ("perceiver", r"projection is built like .* perceiver projector, but its kv_proj is a "
            r"peft\.tuners\.lora\.layer\.Linear, not a plain Linear; convert before adapters"),
-    narrow: ("perceiver", r"its ln_kv\.bias is \[32\] where \[64\] is wanted"),
-    no_bias: ("perceiver", r"its kv_proj\.bias is absent where \[64\] is wanted"),
+    narrow: ("perceiver", r"its ln_kv\.bias is \[32\], but should be \[64\]"),
+    no_bias: ("perceiver", r"its kv_proj\.bias is absent, but should be \[64\]"),
     parametrize: ("perceiver", r"its kv_proj is a .*ParametrizedLinear, not a plain Linear"),
-    prune: ("perceiver", r"its kv_proj\.weight is absent where \[64, 32\] is wanted"),
-    fewer_queries: ("perceiver", r"its pos_embed is \[12, 64\] where \[9, 64\] is wanted"),
+    prune: ("perceiver", r"its kv_proj\.weight is absent, but should be \[64, 32\]"),
+    fewer_queries: ("perceiver", r"its pos_embed is \[12, 64\], but should be \[9, 64\]"),
     shorter: ("perceiver", r"it has no projection\.1"),
     lora_baseline: ("baseline", r"its 0 is a peft\.tuners\.lora\.layer\.Linear"),
     hook: ("baseline", r"^projection has forward_hooks, which would be lost"),
@@ -276,7 +276,7 @@ REFUSED = {
     hook_inside: ("vit", r"^projection\.vis_layer\.mlp has backward_hooks, which would be lost"),
     new_forward: ("perceiver", r"^projection has a replaced forward, which would be lost"),
     new_activation: ("vit", r"its activation is none of quick_gelu, gelu"),
-    checkpointing: ("vit", r"its vis_layer has gradient checkpointing on"),
+    checkpointing: ("vit", r"its vis_layer uses gradient checkpointing"),
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_a_form_that_is_no_more_is_named(tmp_path):
     folded = projector_of("baseline").fold()
     folded.config["floor"] = 1e-12
     folded.save(tmp_path / "old.safetensors")
-    with pytest.raises(InputError, match="a form of Linear and LayerNorm that is no more"):
+    with pytest.raises(InputError, match="a form of Linear and LayerNorm that is no longer"):
         load_folded(tmp_path / "old.safetensors")
 
 

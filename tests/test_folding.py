@@ -253,7 +253,7 @@ def test_weights_in_pieces_are_refused(kind):
     for name, parameter in projector.named_parameters():
         parameter.ds_id, parameter.ds_shape = 0, parameter.shape
         parameter.data = whole[name].new_empty(0)
-    with pytest.raises(ValueError, match=r"ZeRO-3 keeps its .* in pieces"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 has partitioned its .*; fold inside"):
         fold(projector)
     for name, parameter in projector.named_parameters():
         parameter.data = whole[name]
@@ -331,13 +331,13 @@ def test_compiles_whole_and_exports(kind):
 def test_gradients_are_refused(kind):
     folded = fold(make(kind))
     x = features(1, 17).requires_grad_()
-    with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
+    with pytest.raises(RuntimeError, match="inference-only and has no gradients"):
         folded(x)
     with torch.no_grad():
         assert torch.equal(folded(x), folded(x.detach()))
     if kind == "perceiver":
         mask = torch.zeros(256, 16, dtype=torch.float64, requires_grad=True)
-        with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
+        with pytest.raises(RuntimeError, match="inference-only and has no gradients"):
             folded(x.detach(), attn_mask=mask)
 
 

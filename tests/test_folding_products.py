@@ -42,7 +42,7 @@ def test_folded_products_are_quantised(kind):
 def test_a_folded_weight_that_requires_gradients_is_refused():
     folded = fold(make("perceiver"))
     folded.kv.linear.weight.requires_grad_()
-    with pytest.raises(RuntimeError, match="for inference and gives no gradients"):
+    with pytest.raises(RuntimeError, match="inference-only and has no gradients"):
         folded(features(1, 17))
 
 

@@ -348,5 +348,5 @@ def test_images_with_other_numbers_of_queries():
 def test_lengths_that_do_not_cut():
     q, k = torch.randn(3, 2, 8), torch.randn(10, 2, 8)
     for lengths in ([], [4, 5], [4, 6, 0]):
-        with pytest.raises(InputError, match="do not cut 10 keys"):
+        with pytest.raises(InputError, match="add up to the 10 keys"):
             packed_cross_attention(q, k, k, lengths=lengths)

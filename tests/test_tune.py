@@ -165,5 +165,5 @@ def test_the_report():
         "a: y",
         "b: x",
         "note: out of memory, not everything was timed: vit, 8 images",
-        "2 newly recorded in choices.json",
+        "2 configurations newly recorded in choices.json",
     ]

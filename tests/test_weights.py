@@ -108,11 +108,11 @@ DAMAGED = {
     "a missing key": (
         "perceiver",
         without("projection.ln_q.bias"),
-        r'below projection: .*Missing key.*"ln_q\.bias"',
+        r'under projection: .*Missing key.*"ln_q\.bias"',
     ),
     "a missing width": ("perceiver", without("projection.kv_proj.weight"), "no matrix kv_proj"),
-    "no queries": ("perceiver", without("projection.query"), "no matrix query; there are"),
-    "no baseline": ("baseline", without("projection.0.weight"), r"no matrix 0\.weight; there are"),
+    "no queries": ("perceiver", without("projection.query"), "no matrix query; the keys are"),
+    "no baseline": ("baseline", without("projection.0.weight"), r"no matrix 0\.weight; the keys"),
     "one key more": (
         "baseline",
         of_another_shape("projection.0.lora_A", 2, 2),
@@ -145,7 +145,7 @@ DAMAGED = {
     "queries": (
         "perceiver",
         of_another_shape("projection.query", 12, 64),
-        "12 queries lie on no square grid, and pos_embed is not the sine-cosine table of another",
+        "12 queries form no square grid, and pos_embed is not the sine-cosine table of another",
     ),
 }
 
@@ -181,7 +181,7 @@ def test_pickled_code_is_not_run(tmp_path):
 
     path = tmp_path / "pytorch_model.bin"
     torch.save({"projection.0.weight": Bomb()}, path, pickle_module=pickle)
-    with pytest.raises(ValueError, match=r"refused, nothing in it was executed"):
+    with pytest.raises(ValueError, match=r"not loaded, and nothing in it was executed"):
         visproj.load_visualchat_projector(path)
 
 
@@ -363,10 +363,10 @@ def test_a_table_of_integers_is_one_line(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("baseline", {"vis_config": 99}, "vis_config has a width of 99, the projector of 32"),
-        ("perceiver", {"vis_config": 99}, "vis_config has a width of 99, the projector of 32"),
-        ("baseline", {"num_heads": 2}, "num_heads is a Perceiver's, which this projector is not"),
-        ("vit", {"num_heads": 2}, "num_heads is a Perceiver's, which this projector is not"),
+        ("baseline", {"vis_config": 99}, "width of 99, but the projector takes a width of 32"),
+        ("perceiver", {"vis_config": 99}, "width of 99, but the projector takes a width of 32"),
+        ("baseline", {"num_heads": 2}, "num_heads applies only to a Perceiver"),
+        ("vit", {"num_heads": 2}, "num_heads applies only to a Perceiver"),
     ],
 )
 def test_arguments_that_contradict_the_file(kind, given, message, tmp_path):
@@ -378,5 +378,5 @@ def test_arguments_that_contradict_the_file(kind, given, message, tmp_path):
 def test_a_projector_twice(tmp_path):
     state = checkpoint_state("perceiver")
     save(state | {"query": state["projection.query"].clone()}, tmp_path / "f.bin")
-    with pytest.raises(InputError, match=r"keys below projection\. and, beside them, .*\(query\)"):
+    with pytest.raises(InputError, match=r"keys under projection\. and also keys .*\(query\)"):
         visproj.load_visualchat_projector(tmp_path / "f.bin")

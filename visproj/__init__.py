@@ -55,8 +55,8 @@ __all__ = [
 ]
 
 
-# Where each public name is imported from once it is used: `visproj --help` and shell completion
-# come through here, and must not wait for torch.
+# The module that each public name is imported from at its first use, so that `visproj --help` and
+# shell completion do not wait for torch.
 _MODULES = {
     "LinearProjector": "projectors",
     "PerceiverProjector": "projectors",

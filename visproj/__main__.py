@@ -1,4 +1,4 @@
-"""The command ``visproj``, which is also ``python -m visproj``."""
+"""Entry point of the command ``visproj`` and of ``python -m visproj``."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ from types import FrameType
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or end the process at once where a module is being imported.
+    """Raise KeyboardInterrupt, or end the process at once while a module is being imported.
 
-    Raised inside an import, the exception may be swallowed by Python, turned into another error, or
-    abort the process in a library that is half initialised.
+    Inside an import, Python may swallow the exception or turn it into another error, and a
+    half-initialised library may abort the process.
     """
     caller = frame
     while caller is not None:
@@ -21,8 +21,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends it with one line, from the first import on."""
-    # Not where the caller has Ctrl-C ignored, as a shell does for a command in the background.
+    """Run the command line; Ctrl-C ends it with one line, even while modules are being imported."""
+    # Leave Ctrl-C ignored if the caller ignores it, as a shell does for background commands.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     from visproj.cli import main as run

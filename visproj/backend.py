@@ -1,4 +1,8 @@
-"""Which implementation runs: an argument, then use_backend(), then VISPROJ_BACKEND, then auto."""
+"""The choice between Triton kernels and PyTorch.
+
+The first of these that is set decides: an operation's argument ``backend``, :func:`use_backend`,
+the environment variable ``VISPROJ_BACKEND``. Without them it is ``"auto"``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 class _Block:
-    """One ``with use_backend(name)``."""
+    """One ``with use_backend(name)`` block."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,23 +37,24 @@ class _Thread(threading.local):
 
 
 _own: ContextVar[tuple[_Block, ...]] = ContextVar("visproj_backend", default=())  # oldest first
-_thread = _Thread()  # the same without tasks, for compiled code: Dynamo reads no ContextVar
-_blocks: list[_Block] = []  # of all threads and tasks
+_thread = _Thread()  # the same per thread, for compiled code: Dynamo cannot read a ContextVar
+_blocks: list[_Block] = []  # those of all threads and tasks
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every operation called inside.
+    """Choose the implementation of every operation called inside the block.
 
-    The choice holds in the thread or asyncio task that enters the block, and in the tasks that it
-    starts there, whatever others choose meanwhile. A thread that is in no block of its own follows
-    the block that was entered last in any thread. The threads that PyTorch starts are such threads:
-    those of ``nn.DataParallel``, and those in which gradient checkpointing runs a forward again
-    during the backward, so call that inside as well or set ``VISPROJ_BACKEND``. A backward runs
-    what its forward ran, wherever it is called.
+    The choice applies to the thread or asyncio task that enters the block, and to the tasks that
+    are started inside it. Choices made in other threads or tasks do not affect it. A thread that
+    has not entered a block follows the block that was entered last in any thread. This includes
+    threads that PyTorch starts: those of ``nn.DataParallel``, and those in which gradient
+    checkpointing recomputes a forward during the backward. With gradient checkpointing, call the
+    backward inside the block too, or set ``VISPROJ_BACKEND``. Otherwise a backward uses the
+    implementation that its forward used, wherever it is called.
 
-    Blocks may overlap: leaving one takes back its own choice and no other. Generators share the
-    choices of whoever runs them, and compiled code those of the thread that runs it.
+    Blocks may overlap: leaving a block undoes only its own choice. A generator follows the choices
+    of the code that runs it, and compiled code those of the thread that runs it.
 
     Args:
         name: ``"auto"``: Triton kernels for tensors on an NVIDIA GPU of compute capability 8.0 or
@@ -57,7 +62,7 @@ def use_backend(name: str) -> Iterator[None]:
             what is missing. ``"torch"``: PyTorch.
 
     Raises:
-        ValueError: If there is no such backend.
+        ValueError: If ``name`` is not one of these.
     """
     block = _Block(check_backend(name, "use_backend()"))
     entered = (_thread.blocks, _blocks)  # a generator may be closed by another thread
@@ -67,7 +72,7 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        block.left = True  # for the copies of this context that tasks have
+        block.left = True  # tasks may hold copies of this context
         for blocks in entered:
             blocks.remove(block)
         _own.set(tuple(other for other in _own.get() if not other.left))
@@ -81,18 +86,18 @@ def check_backend(name: str, source: str) -> str:
 
 
 def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | None = None) -> bool:
-    """Whether an operation on ``x`` goes to the Triton kernels.
+    """Return whether an operation on ``x`` runs on the Triton kernels.
 
     Args:
         x: The operation's first tensor.
-        backend: The caller's own choice, before every other.
-        unsupported: Why no kernel takes this case, if so: an error under ``"triton"``, PyTorch
-            under ``"auto"``.
+        backend: The caller's own choice, which overrides all others.
+        unsupported: The reason why no kernel supports this case, or ``None``. Given a reason,
+            ``"triton"`` raises and ``"auto"`` chooses PyTorch.
 
     Raises:
-        RuntimeError: If ``"triton"`` was asked for and cannot run on this device.
-        TypeError: If ``"triton"`` was asked for and ``x`` is fp64.
-        ValueError: If the backend is unknown, or ``"triton"`` was asked for in an unsupported case.
+        RuntimeError: If ``"triton"`` was chosen and cannot run on this device.
+        TypeError: If ``"triton"`` was chosen and ``x`` is fp64.
+        ValueError: If the backend is unknown, or ``"triton"`` was chosen in an unsupported case.
     """
     compiling = torch.compiler.is_compiling()
     if backend is not None:
@@ -108,7 +113,7 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
         name = check_backend(os.environ.get("VISPROJ_BACKEND") or "auto", "VISPROJ_BACKEND")
     if name == "torch":
         return False
-    # While compiling, the compiler is asked to trace the operation and says so itself.
+    # While compiling this is not checked: the compiler reports itself what it cannot trace.
     stack = None if compiling else torch._C._functorch.peek_interpreter_stack()
     if stack is not None:
         unsupported = unsupported or (
@@ -136,13 +141,13 @@ def runs_triton(x: Tensor, backend: str | None = None, *, unsupported: str | Non
 
 
 def _why_not(device: torch.device) -> str | None:
-    """:func:`why_unavailable`, asked once for every device: what it can do does not change."""
+    """Return :func:`why_unavailable` of a device, cached."""
     if device not in _reasons:
         _reasons[device] = why_unavailable(device)
     return _reasons[device]
 
 
 _reasons: dict[torch.device, str | None] = {}
-# Dynamo cannot trace how the reason is found. This is what torch.compiler.assume_constant_result
-# does, which would import dynamo and triton here and now.
+# Dynamo cannot trace how the reason is found. torch.compiler.assume_constant_result sets the same
+# flag, but calling it would import Dynamo and Triton together with this module.
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]

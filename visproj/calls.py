@@ -1,4 +1,4 @@
-"""The calls that models make of their resamplers, the same before and after folding."""
+"""The call signatures of other models' resamplers, the same before and after folding."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from visproj.resampler import Resampled, Resampler
 
 
 class MiniCPMCalls(Resampler):
-    """MiniCPM-V 2.5 and later: padded images and the grid of each.
+    """The call signature of MiniCPM-V 2.5 and later: padded images and the grid of each.
 
-    A subclass also gives :meth:`positions_at` and :meth:`temporal_positions`.
+    A subclass also implements :meth:`positions_at` and :meth:`temporal_positions`.
     """
 
     def forward(  # type: ignore[override]
@@ -29,25 +29,28 @@ class MiniCPMCalls(Resampler):
         temporal_ids: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> Resampled:
-        """Resample padded images, or what :meth:`Resampler.forward` takes.
+        """Resample padded images, or any input that :meth:`Resampler.forward` accepts.
 
         Args:
             x: ``[B, L, C]``, each image padded to ``L`` tokens.
-            tgt_sizes: ``[B, 2]``, rows and columns of each image, a tensor or not. A tensor on a
-                GPU is read once; while ``torch.compile`` traces or a CUDA graph is recorded it is
-                not read, and a grid that is larger than the position table gives NaN.
-            temporal_ids: Images that are frames of one clip share their queries: for each clip the
-                time of each frame, ``-1`` for none. One clip per group, in the order of ``x``.
-            **options: Those of :meth:`Resampler.forward`; without ``tgt_sizes`` that is called.
+            tgt_sizes: ``[B, 2]``, rows and columns of each image, as a tensor or a sequence. A
+                tensor on a GPU is read once per call. While ``torch.compile`` traces or a CUDA
+                graph is recorded it is not read, and a grid that is larger than the position table
+                gives NaN.
+            temporal_ids: For video, one list per clip with the time of each of its frames, ``-1``
+                for a frame without a time. The frames are the images of ``x``, clip by clip. All
+                frames of a clip share one set of queries.
+            **options: Keyword arguments of :meth:`Resampler.forward`, which is called if
+                ``tgt_sizes`` is ``None``. Otherwise only ``return_attention``.
 
         Returns:
-            ``[B, Q, D]``, with ``temporal_ids`` that have times one row per clip; with
-            ``return_attention`` also a list of ``[heads, Q, L_i]``.
+            ``[B, Q, D]``; one entry per clip instead of per image if ``temporal_ids`` hold times.
+            With ``return_attention`` also a list of ``[heads, Q, L_i]``.
 
         Raises:
             TypeError: As :meth:`Resampler.forward`.
             ValueError: As :meth:`Resampler.forward`, and if a grid is not positive or has more
-                cells than there are tokens, or ``temporal_ids`` are not as many as images.
+                cells than there are tokens, or ``temporal_ids`` do not have one time per image.
         """
         if tgt_sizes is None:
             if temporal_ids is not None:
@@ -55,16 +58,17 @@ class MiniCPMCalls(Resampler):
             return super().forward(x, **options)
         maps = options.pop("return_attention", False)
         if options or not isinstance(x, Tensor) or x.ndim != 3:
+            shape = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise InputError(
-                "beside tgt_sizes the features must be one tensor [B, L, C], and return_attention "
-                f"is the only option; got {[*options]}"
+                "with tgt_sizes the features must be one tensor [B, L, C] and return_attention is "
+                f"the only other option; got {shape} and the options {[*options]}"
             )
         self.check(x, None)
         if isinstance(tgt_sizes, Tensor) and _is_recorded(tgt_sizes) and not temporal_ids:
             return self._unread(x, tgt_sizes, maps)
         grids = read_grids(tgt_sizes, x.shape[0], x.shape[1])
         clips = self._clips(temporal_ids, len(grids))
-        grids = grids or [(1, x.shape[1])]  # of no image
+        grids = grids or [(1, x.shape[1])]  # for an empty batch
         uniform = len(set(grids)) == 1 and math.prod(grids[0]) == x.shape[1]
         if uniform and clips is None:
             out, found = self.resample(
@@ -76,7 +80,7 @@ class MiniCPMCalls(Resampler):
     def _without_padding(
         self, x: Tensor, grids: list[Grid], clips: list[list[int]] | None, return_attention: bool
     ) -> Resampled:
-        """Images of different sizes, or clips: rows without padding, packed."""
+        """Resample images of different sizes, or clips, packed without their padding."""
         lengths = [math.prod(grid) for grid in grids]
         rows = torch.cat([image[:length] for image, length in zip(x, lengths, strict=True)])
         positions: Any = self.packed_positions(grids)
@@ -91,21 +95,21 @@ class MiniCPMCalls(Resampler):
         return out if maps is None else (out, maps)
 
     def _unread(self, x: Tensor, sizes: Tensor, return_attention: bool) -> Resampled:
-        """Sizes that stay on their device: a position and a mask for every token, padding too."""
+        """Resample without reading the sizes: padding tokens get a position and are masked."""
         length = x.shape[1]
         rows, columns = sizes.to(x.device, torch.int64).unbind(1)
         index = torch.arange(length, device=x.device)
         padding = index >= (rows * columns)[:, None]
         down = (index // columns[:, None]).masked_fill(padding, 0)
         across = (index % columns[:, None]).masked_fill(padding, 0)
-        positions = self.positions_at(down.flatten(), across.flatten())
+        positions = self.positions_at(down.flatten(), across.flatten()).unflatten(0, padding.shape)
         out, maps = self.resample(
             x, positions, return_attention, attn_mask=None, key_padding_mask=padding
         )
         return out if maps is None else (out, list(maps))
 
     def _clips(self, temporal_ids: Any, images: int) -> list[list[int]] | None:
-        """The times of each clip, ``None`` where there are none."""
+        """Return the times of each clip, or ``None`` if no frame has one."""
         if temporal_ids is None:
             return None
         clips = [[int(time) for time in clip] for clip in temporal_ids]
@@ -116,22 +120,25 @@ class MiniCPMCalls(Resampler):
         return clips if max(map(max, clips)) > -1 else None
 
     def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Positions of single cells ``[N]``, as :meth:`positions` has them; NaN off the table."""
+        """Return the positions of the cells at ``rows [N]`` and ``columns [N]``, one row each.
+
+        A cell outside the position table gets NaN.
+        """
         raise NotImplementedError
 
     def temporal_positions(self, times: Sequence[int]) -> Tensor:
-        """What a frame adds to its keys' positions, one row per time; zeros for ``-1``."""
+        """Return what each time adds to the positions of a frame's keys; zeros for ``-1``."""
         raise NotImplementedError
 
 
 def _is_recorded(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor cannot be read, since only what is done with it counts."""
+    """Return whether a tensor must not be read, because a graph is being traced or captured."""
     recording = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     return recording or torch.compiler.is_compiling()
 
 
 class MiniCPM2Calls(Resampler):
-    """MiniCPM-V 1.0 and 2.0: images of one grid, which is the second argument."""
+    """The call signature of MiniCPM-V 1.0 and 2.0, whose second argument is the images' grid."""
 
     def forward(  # type: ignore[override]
         self,
@@ -140,14 +147,14 @@ class MiniCPM2Calls(Resampler):
         attn_mask: Tensor | None = None,
         **options: Any,
     ) -> Resampled:
-        """As :meth:`Resampler.forward`; ``tgt_size`` is its ``grid``."""
+        """Call :meth:`Resampler.forward` with ``grid=tgt_size``."""
         if tgt_size is not None:
             options["grid"] = int(tgt_size[0]), int(tgt_size[1])
         return super().forward(x, attn_mask, **options)
 
 
 class AriaCalls(Resampler):
-    """Aria: the number of tokens decides how many queries there are.
+    """The call signature of Aria, where the number of tokens decides the number of queries.
 
     Attributes:
         patch_to_query_dict: The number of queries for each number of tokens.
@@ -162,15 +169,15 @@ class AriaCalls(Resampler):
         attn_mask: Tensor | None = None,
         **options: Any,
     ) -> Resampled:
-        """As :meth:`Resampler.forward`, with a mask of padding.
+        """Call :meth:`Resampler.forward` with ``key_padding_mask=attn_mask``.
 
         Args:
             key_value_states: ``[B, L, C]``.
             attn_mask: bool ``[B, L]``, True = padding.
-            **options: Those of :meth:`Resampler.forward`.
+            **options: Keyword arguments of :meth:`Resampler.forward`.
 
         Raises:
-            KeyError: If ``patch_to_query_dict`` does not know the number of tokens.
+            KeyError: If ``patch_to_query_dict`` has no entry for the number of tokens.
             ValueError: As :meth:`Resampler.forward`, and if images of one batch have different
                 numbers of queries.
         """
@@ -179,7 +186,7 @@ class AriaCalls(Resampler):
         return super().forward(key_value_states, None, **options)
 
     def query_count(self, *lengths: int) -> int:
-        """As :meth:`Resampler.query_count`."""
+        """See :meth:`Resampler.query_count`."""
         for length in lengths:
             # Compared, not hashed: a symbolic length cannot be hashed while exporting.
             if not any(length == patches for patches in self.patch_to_query_dict):
@@ -194,18 +201,18 @@ class AriaCalls(Resampler):
         }
         if len(counts) > 1:
             raise InputError(
-                f"images of {sorted(set(lengths))} tokens have {sorted(counts)} queries: call once "
-                "for each number"
+                f"images of {sorted(set(lengths))} tokens have {sorted(counts)} queries: pass "
+                "images with different numbers of queries in separate calls"
             )
         return counts.pop()
 
 
 class Kosmos2Calls(Resampler):
-    """Kosmos-2 and 2.5: features in, resampled features and attention or ``None`` out.
+    """The call signature of Kosmos-2 and 2.5, which returns features and attention or ``None``.
 
     Attributes:
-        gives_attention: Whether attention is returned unasked: where the model's own attention
-            implementation is eager.
+        gives_attention: Whether attention is returned by default, as the model does if its
+            attention implementation is eager.
     """
 
     positioned = False
@@ -214,11 +221,11 @@ class Kosmos2Calls(Resampler):
     def forward(  # type: ignore[override]
         self, features: Tensor | Sequence[Tensor], **options: Any
     ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
-        """As :meth:`Resampler.forward`, always with two results.
+        """Call :meth:`Resampler.forward` and always return two results.
 
         Args:
             features: ``[B, L, C]``.
-            **options: Those of :meth:`Resampler.forward`.
+            **options: Keyword arguments of :meth:`Resampler.forward`.
 
         Returns:
             ``[B, Q, D]``, and ``[B, heads, Q, L + Q]`` or ``None``.

@@ -14,15 +14,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class Files(Protocol):
-    """Where a checkpoint's files come from."""
+    """The source of a checkpoint's files."""
 
     name: str
 
     def fetch(self, filename: str, *, required: bool = False) -> Path | None:
-        """The file on this machine, or ``None`` where there is none and it is not required."""
+        """Return the file's path on this machine; ``None`` if it is missing and not required."""
 
     def weight_files(self, pattern: str) -> list[str]:
-        """Names of the files that fit a pattern, as far as they can be listed without an index."""
+        """Return the names of the files that match a pattern; none if files cannot be listed."""
 
 
 class LocalFiles:
@@ -33,7 +33,7 @@ class LocalFiles:
         self.directory = directory
 
     def fetch(self, filename: str, *, required: bool = False) -> Path | None:
-        """As :class:`Files` says."""
+        """See :meth:`Files.fetch`."""
         path = self.directory / filename
         if path.is_file():
             return path
@@ -42,15 +42,15 @@ class LocalFiles:
         return None
 
     def weight_files(self, pattern: str) -> list[str]:
-        """As :class:`Files` says."""
+        """See :meth:`Files.weight_files`."""
         return sorted(path.name for path in self.directory.glob(pattern) if path.is_file())
 
 
 class HubFiles:
-    """The files of a repository on the hub, downloaded one by one as they are asked for.
+    """The files of a repository on the hub, each downloaded when it is first needed.
 
     Raises:
-        ConnectionError: From :meth:`fetch`, in one line, when the hub does not give a file.
+        ConnectionError: From :meth:`fetch`, if a file cannot be downloaded.
     """
 
     def __init__(self, repo_id: str, revision: str | None) -> None:
@@ -60,7 +60,7 @@ class HubFiles:
         self._fetched: dict[str, Path] = {}
 
     def fetch(self, filename: str, *, required: bool = False) -> Path | None:
-        """As :class:`Files` says."""
+        """See :meth:`Files.fetch`."""
         if filename in self._fetched:
             return self._fetched[filename]
         import huggingface_hub
@@ -78,31 +78,39 @@ class HubFiles:
                 raise FileNotFoundError(f"{self.name} lacks the file {filename}") from error
             self._reached = True
             return None
-        except Exception as error:  # the client's errors share no other class across its releases
+        except Exception as error:  # the client's errors have no common class in all its releases
             raise self._refusal(filename, error) from error
         self._reached = True
         self._fetched[filename] = Path(path)
         return self._fetched[filename]
 
     def weight_files(self, pattern: str) -> list[str]:
-        """None: without an index only the usual names are tried."""
+        """Return no names: without an index only the usual names are tried."""
         return []
 
     def _refusal(self, filename: str, error: Exception) -> ConnectionError:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         return ConnectionError(
-            f"no directory {self.name}, and the model hub did not give {filename} of a model of "
-            f"that name ({reason})"
+            f"{self.name} is not a local directory, and {filename} of a model of that name could "
+            f"not be downloaded from the hub ({reason})"
         )
 
 
 def find_tensors(
     files: Files, wanted: Callable[[str], bool]
 ) -> tuple[dict[str, TensorFile], int | None, list[str]]:
-    """The file that every wanted key is in, all bytes if known, and a few keys of any kind.
+    """Find the wanted tensors of a checkpoint.
 
-    Shards that an index says hold nothing wanted are not opened.
+    Shards without wanted tensors, according to the index, are not opened.
+
+    Args:
+        files: The checkpoint's files.
+        wanted: Returns whether a key is wanted.
+
+    Returns:
+        The file of each wanted key; the bytes of all weight files, ``None`` if unknown; and up to
+        five keys, wanted or not, for error messages.
 
     Raises:
         FileNotFoundError: If there are no weights, or a shard is missing.
@@ -127,7 +135,7 @@ def find_tensors(
 
 
 def open_files(source: str | Path, revision: str | None) -> Files:
-    """Return where the files of a folder or a hub id come from."""
+    """Return the files of a local directory or of a repository on the hub."""
     if Path(source).is_dir():
         if revision is not None:
             raise InputError(f"{source} is a directory, so there is no revision {revision}")
@@ -150,7 +158,7 @@ def _shard(files: Files, filename: str) -> Path:
 def _find_shards(
     files: Files, wanted: Callable[[str], bool]
 ) -> tuple[dict[str, list[str] | None], int | None, list[str]]:
-    """Shards to open with the keys wanted of each (None: to be seen), all bytes, first keys."""
+    """Return the shards to open with their wanted keys (None: unknown), all bytes, first keys."""
     for single, pattern in ((SAFETENSORS_NAME, "*.safetensors"), (BIN_NAME, "pytorch_model*.bin")):
         index_name = f"{single}.index.json"
         index_path = files.fetch(index_name)
@@ -194,7 +202,7 @@ def _read_index(
 
 
 def _size(files: Files, filenames: Iterable[str]) -> int | None:
-    """Bytes of files that are all in one directory, else None; nothing is downloaded for it."""
+    """Return the bytes of files in a local directory, or None; nothing is downloaded."""
     if not isinstance(files, LocalFiles):
         return None
     paths = [files.directory / filename for filename in filenames]

@@ -1,4 +1,4 @@
-"""Checking modules, widths, heads and features before they are used."""
+"""Argument checks for modules, widths, heads and features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visproj.ops.checks import check_all_floating
 
 
 def vision_width(vis_config: object) -> int:
-    """The width of the vision features: ``vis_config`` itself or its ``hidden_size``.
+    """Return the width of the vision features: ``vis_config`` itself or its ``hidden_size``.
 
     Raises:
         TypeError: If it is neither an int nor has an int ``hidden_size``.
@@ -45,7 +45,7 @@ def check_width(name: str, width: Any) -> int:
 
 
 def _as_int(value: Any) -> int | None:
-    """Any integer, NumPy's as well, but no bool; ``None`` for anything else."""
+    """Return an integer, NumPy's included, as an int; ``None`` for a bool or anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -53,11 +53,11 @@ def _as_int(value: Any) -> int | None:
 
 
 def check_range(name: str, value: Any, highest: float) -> float:
-    """Return ``value`` as a float, a number from 0 to ``highest``.
+    """Return ``value``, a number from 0 to ``highest``, as a float.
 
     Raises:
         TypeError: If it is not a number.
-        ValueError: If it lies outside.
+        ValueError: If it is outside this range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")

@@ -1,4 +1,4 @@
-"""The CLIP encoder layer, with transformers' state-dict keys, and what it is built from."""
+"""The CLIP encoder layer, with transformers' state-dict keys, and its configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class VisionConfig:
         """Read these fields from any object that has them.
 
         Raises:
-            TypeError: If ``config`` lacks a field, or one is not a number that has to be one.
+            TypeError: If ``config`` lacks a field, or a numeric field is not a number.
             InputError: If a width is not positive, the heads do not divide it, eps or dropout is
                 out of range or the activation is unknown.
         """
@@ -61,12 +61,12 @@ class VisionConfig:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
+    """Compute ``x * sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation."""
+    """Compute the tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -106,7 +106,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    """``fc2(act(fc1(x)))``."""
+    """The MLP of a CLIP layer, ``fc2(act(fc1(x)))``: ``[..., S, C] -> [..., S, C]``."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class CLIPMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two Linears around the config's activation."""
+        """Apply two Linears with the config's activation between them."""
         return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
 
 
@@ -135,6 +135,6 @@ class CLIPEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., S, C] -> [..., S, C]``."""
+        """Apply the block: ``[..., S, C] -> [..., S, C]``."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))

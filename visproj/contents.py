@@ -1,4 +1,4 @@
-"""What a file or folder of weights holds: its keys, its shapes, and words for refusing it."""
+"""Recognition of weight files and folders by keys and shapes, with texts for error messages."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def bare_key(key: str) -> str:
 
 
 def by_bare_key(keys: Iterable[str], where: str) -> dict[str, str]:
-    """Return every key under its :func:`bare_key`.
+    """Return a dictionary from the :func:`bare_key` of each key to the key.
 
     Raises:
-        InputError: If two keys differ in their prefixes alone.
+        InputError: If two keys differ only in their prefixes.
     """
     found: dict[str, str] = {}
     for key in keys:
@@ -43,12 +43,12 @@ def by_bare_key(keys: Iterable[str], where: str) -> dict[str, str]:
 
 
 def top_names(keys: Iterable[str]) -> set[str]:
-    """Return the first part of every key, wrappers' prefixes left out."""
+    """Return the first part of every key, without the prefixes of wrappers."""
     return {bare_key(key).partition(".")[0] for key in keys}
 
 
 def bare_kind(keys: Collection[str]) -> str | None:
-    """Return which projector has these keys with nothing before them, or ``None``."""
+    """Return the kind of the projector that has these keys without a prefix, or ``None``."""
     if {"query", "kv_proj"} <= (tops := top_names(keys)):
         return "perceiver"
     if "vis_layer" in tops:
@@ -57,7 +57,7 @@ def bare_kind(keys: Collection[str]) -> str | None:
 
 
 def what_it_holds(path: Path) -> str:
-    """Return what is in a weight file or a model's folder and which function reads that.
+    """Describe what a weight file or a model's folder holds and which function reads it.
 
     Raises:
         FileNotFoundError: If there are no weights at all.
@@ -75,7 +75,7 @@ def what_it_holds(path: Path) -> str:
 
 
 def folder_of_ours(path: Path) -> str | None:
-    """Return what visproj wrote into a folder and which function reads it, or ``None``."""
+    """Describe what visproj wrote into a folder and which function reads it, or return ``None``."""
     config = _config(path)
     if {"kind", "vision"} <= config.keys() or _config(path / "projector"):
         return (
@@ -88,7 +88,7 @@ def folder_of_ours(path: Path) -> str | None:
 
 
 def _projector_file(folder: Path) -> str | None:
-    """What the first of a folder's files that hold a single projector is."""
+    """Describe the first file in a folder that holds a single projector, or return ``None``."""
     for path in sorted(folder.glob("*.safetensors")):
         form = TensorFile(path).metadata.get("format", "")
         if form.startswith("visproj-"):
@@ -131,14 +131,13 @@ def _describe_file(form: str, keys: Collection[str]) -> str:
 
 
 def refuse_placeholders(shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raise ``InputError`` if tensors are what DeepSpeed ZeRO-3 leaves of partitioned ones."""
+    """Raise ``InputError`` if tensors are placeholders for weights that ZeRO-3 partitioned."""
     empty = [name for name, shape in shapes.items() if list(shape) == [0]]
     if empty:
         raise InputError(
-            f"{where} holds placeholders of shape [0] ({a_few(empty, 3)}): DeepSpeed ZeRO-3 keeps "
-            "the weights in pieces. Put them together with the zero_to_fp32.py in the run's "
-            "folder, or set stage3_gather_16bit_weights_on_model_save and save with "
-            "save_16bit_model"
+            f"{where} holds placeholders of shape [0] ({a_few(empty, 3)}): DeepSpeed ZeRO-3 has "
+            "partitioned these weights. Merge them with the zero_to_fp32.py in the run's folder, "
+            "or set stage3_gather_16bit_weights_on_model_save and save with save_16bit_model"
         )
 
 
@@ -164,7 +163,7 @@ def compare_shapes(
 
 
 def a_few(names: Iterable[str], most: int = 20) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names as text, with the number of further ones."""
     names = list(names)
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more

@@ -1,4 +1,4 @@
-"""Projectors and resamplers inside a model exchanged for visproj's, folded or not, and back."""
+"""Replacement of projectors and resamplers inside a model by visproj's, and the way back."""
 
 from __future__ import annotations
 
@@ -27,40 +27,41 @@ def convert(
 ) -> list[str]:
     """Replace the projectors and resamplers inside ``model`` by visproj's, in place.
 
-    Found by structure (names, types, shapes and order of what they hold), nothing of the model's
-    code is imported: DeepSpeed-VisualChat's ``VisProjection_perceiver``, ``VisProjection_vit`` and
-    baseline, an ``nn.Sequential`` of Linear and LayerNorm under the name ``projection``; the
-    resamplers of MiniCPM-V and Qwen-VL; Aria's and Kosmos-2's projectors. They are called as the
-    model calls them today. What is visproj's already stays. Parameters and child modules are
-    carried over as the objects that they are: state dict, optimiser state, ties,
-    ``requires_grad``, training mode and the hooks of children stay what they were. :func:`revert`
-    undoes it. Call it before adapters are added and before DeepSpeed or FSDP wrap the model.
+    They are recognised by the names, types, shapes and order of the modules and parameters that
+    they hold. None of the model's code is imported. visproj recognises DeepSpeed-VisualChat's
+    ``VisProjection_perceiver``, ``VisProjection_vit`` and baseline (an ``nn.Sequential`` of Linear
+    and LayerNorm under the name ``projection``), the resamplers of MiniCPM-V and Qwen-VL, and the
+    projectors of Aria and Kosmos-2. The model calls its new modules as it called the old ones.
+    Modules that are visproj's already are not replaced. The new modules hold the same parameter
+    objects and child modules, so state dict, optimiser state, tied weights, ``requires_grad``,
+    training mode and hooks of children do not change. :func:`revert` undoes the replacement. Call
+    ``convert`` before adapters are added and before DeepSpeed or FSDP wrap the model.
 
     Args:
         model: Any module that holds such projectors.
-        fold: For inference: replace them by their folded forms (:func:`visproj.fold`), those that
-            are visproj's already as well. The model can then not be saved without ``keep``, and not
-            be trained.
-        keep: With ``fold``, keep the originals beside the folded forms, in memory too: the model's
-            state dict is then that of the originals, and :func:`revert` works.
-        dtype: With ``fold``, that of the folded weights, by default each module's own.
+        fold: For inference: replace them by their folded forms (:func:`visproj.fold`), including
+            those that are visproj's already. The model can then not be trained, and can be saved
+            only with ``keep``.
+        keep: With ``fold``, also keep the original modules in memory: the model's state dict is
+            then that of the originals, and :func:`revert` works.
+        dtype: With ``fold``, the dtype of the folded weights; by default each module's own.
 
     Returns:
         The names of the modules that were replaced.
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If there is no projector in ``model``, or one that cannot be replaced: with
-            hooks of its own, with adapters or other replacements inside, with a parameter too many,
-            or of shapes that do not go together; or if ``keep`` or ``dtype`` come without ``fold``.
-            Then nothing has been replaced.
+        ValueError: If ``model`` holds no projector, or one that cannot be replaced because it has
+            hooks of its own, adapters or other replaced modules inside, additional parameters, or
+            shapes that do not match; or if ``keep`` or ``dtype`` is given without ``fold``. In
+            each case nothing has been replaced.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py`` and ``vis_proj.py``, MiniCPM-V
     ``resampler.py``, Qwen-VL ``visual.py``, transformers ``models/aria`` and ``models/kosmos2``.
     """
     check_module("convert", model)
     if (keep or dtype is not None) and not fold:
-        raise InputError("keep and dtype are for folding: pass fold=True")
+        raise InputError("keep and dtype apply only to folding: pass fold=True")
     if kind_of("", model) is not None:
         raise InputError(
             f"{type(model).__name__} is a projector itself: pass the module that holds it"
@@ -69,14 +70,14 @@ def convert(
     return _replace(
         model,
         change,
-        "holds no projector of DeepSpeed-VisualChat's: neither VisProjection_perceiver nor "
-        "VisProjection_vit, nor nn.Sequential(Linear, LayerNorm) under the name projection; and no "
-        "resampler of MiniCPM-V or Qwen-VL, and no projector of Aria's or Kosmos-2's",
+        "holds no projector of DeepSpeed-VisualChat (VisProjection_perceiver, VisProjection_vit, "
+        "or nn.Sequential(Linear, LayerNorm) under the name projection), no resampler of MiniCPM-V "
+        "or Qwen-VL, and no projector of Aria or Kosmos-2",
     )
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Put the modules back that :func:`convert` replaced, with the parameters of today.
+    """Put back the modules that :func:`convert` replaced, with the current parameters.
 
     Args:
         model: The module that was given to :func:`convert`, or a copy of it.
@@ -86,15 +87,15 @@ def revert(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If there is no converted projector in ``model``, or one with hooks of its own,
-            or one that was folded without ``keep``. Then nothing has been put back.
+        ValueError: If ``model`` holds no converted projector, or one that has hooks of its own or
+            was folded without ``keep``. In each case nothing has been put back.
     """
     check_module("revert", model)
     return _replace(model, _original, "holds no projector that visproj.convert put there")
 
 
 def _replace(model: nn.Module, change: Change, nothing: str) -> list[str]:
-    """Exchange every child that ``change`` has a module for; all of them are made first."""
+    """Replace every child for which ``change`` returns a module, after all of these are built."""
     made: dict[nn.Module, nn.Module] = {}
     _make(model, change, "", made, set())
     if not made:
@@ -117,12 +118,12 @@ def _make(
     made: dict[nn.Module, nn.Module],
     seen: set[nn.Module],
 ) -> None:
-    """What every module below is to become, once for one that is in two places."""
+    """Collect the new module for every module inside ``parent``; modules used twice get one."""
     for name, child in parent._modules.items():
         if child is None or child in made:
             continue
         path = f"{prefix}{name}"
-        new = change(name, path, child)  # also where it has been seen: its name counts
+        new = change(name, path, child)  # also if it was seen before: here its name may differ
         if new is not None:
             made[child] = new
         elif child not in seen:
@@ -134,8 +135,8 @@ def _original(name: str, path: str, child: nn.Module) -> nn.Module | None:
     if isinstance(child, FoldedProjector) and child.replaced is not None:
         if child.replaced.original is None:
             raise InputError(
-                f"{path} was folded without keep=True, so its own weights are gone: load the model "
-                "again"
+                f"{path} was folded without keep=True, so its original weights are gone: load the "
+                "model again"
             )
         kept = child.replaced.original
         return _original(name, path, kept) or kept
@@ -162,7 +163,7 @@ def _converted(name: str, path: str, child: nn.Module) -> nn.Module | None:
         ) from error
     _refuse_hooks(child, path)
     _hand_over(child, projector)
-    projector.__dict__[_UPSTREAM] = child  # past nn.Module, which would make it a child
+    projector.__dict__[_UPSTREAM] = child  # nn.Module.__setattr__ would register it as a child
     return projector
 
 
@@ -179,7 +180,7 @@ def _folded(
 
 
 def _refuse_hooks(module: nn.Module, path: str) -> None:
-    """Raise if a hook sits on ``module`` or on a container below that is not carried over."""
+    """Raise if ``module``, or a container inside it that is replaced as well, has hooks."""
     for name, child in module.named_modules():
         exchanged = child is module or name in ("vis_layer", "vis_layer.self_attn", "vis_layer.mlp")
         changed = isinstance(child, nn.MultiheadAttention) and _is_subclass(child)
@@ -215,7 +216,7 @@ def _hand_over(source: nn.Module, target: nn.Module) -> None:
 
 
 def _stays(given: nn.Module, child: nn.Module) -> bool:
-    """Whether ``child`` takes what ``given`` holds, instead of being replaced by it."""
+    """Return whether ``child`` stays and gets the contents of ``given``, or is replaced by it."""
     if isinstance(child, CLIP) or isinstance(given, CLIP):
         return True
     pair = (given, child)

@@ -1,26 +1,26 @@
-"""The errors that visproj raises for what its user can cause.
+"""Errors that the user of visproj can cause and fix.
 
-Each is also of the builtin kind that the docstrings name, so ``except ValueError`` keeps working.
-The command line prints a :class:`VisprojError` or an ``OSError`` as one line; anything else that
-reaches it is a bug of this package and is shown as one, with the traceback and the version.
+Each class also derives from the builtin exception that docstrings name under Raises, so that
+``except ValueError`` works. The command line prints a :class:`VisprojError` or an ``OSError`` as
+one line. It reports any other exception as a bug of visproj, with the traceback and the version.
 """
 
 
 class VisprojError(Exception):
-    """Something that the user of visproj can mend: an argument, a file, a package, a machine."""
+    """Base class of errors that the user can fix: in an argument, a file, a package, a machine."""
 
 
 class InputError(VisprojError, ValueError):
-    """An argument, a file's content or a combination of them that cannot be used."""
+    """Error for arguments or a file's content that cannot be used, alone or in combination."""
 
 
 class MissingPackageError(VisprojError, ModuleNotFoundError):
-    """A package that this needs is not installed; the message says how to install it."""
+    """Error for a package that is not installed; the command line says how to install it."""
 
 
 class BackendError(VisprojError, RuntimeError):
-    """The backend that was asked for cannot run here."""
+    """Error for a requested backend that cannot run on this machine."""
 
 
 class NotFiniteError(VisprojError, FloatingPointError):
-    """Training met a loss or a gradient that is not finite."""
+    """Error for a loss or a gradient that is not finite in training."""

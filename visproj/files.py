@@ -1,6 +1,6 @@
-"""Opening weight files of any kind, replacing files and directories whole, and the cache folder.
+"""Weight files of any kind, replacement of files and directories in one step, the cache folder.
 
-A leaf: it imports nothing of visproj but its errors, so that the kernels may use it as well.
+This module imports only visproj's errors, so that the kernels can import it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYP
 
 
 def cache_folder() -> Path | None:
-    """Return the folder for everything visproj keeps between runs, or None where there is none.
+    """Return the folder for everything visproj keeps between runs, or None if there is none.
 
-    ``VISPROJ_CACHE_DIR``, else ``visproj`` below ``XDG_CACHE_HOME``, else ``.cache/visproj`` below
-    the home directory. The folder need not exist, and it may turn out not to be writable: a cache
-    costs time where it is not available, never the run.
+    It is ``VISPROJ_CACHE_DIR``; if that is not set, ``visproj`` in ``XDG_CACHE_HOME``; else
+    ``.cache/visproj`` in the home directory. The folder need not exist and may not be writable:
+    callers then go on without a cache, which only takes more time.
     """
     if chosen := os.environ.get("VISPROJ_CACHE_DIR"):
         return Path(chosen)
@@ -52,13 +52,13 @@ def cache_folder() -> Path | None:
 
 
 def check_weight_file(path: Path) -> None:
-    """Raise if ``path`` is missing or is something that stands in the place of a weight file.
+    """Raise if ``path`` is missing or is obviously not a weight file.
 
-    Downloads leave Git LFS pointers, web pages, error messages and empty files.
+    Failed downloads leave Git LFS pointers, web pages, error messages or empty files.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is one of these; the message names which.
+        InputError: If it is one of these; the message says which.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -81,19 +81,19 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def check_weight_files(path: Path) -> None:
-    """Raise if a weight file that a loader would open is damaged or is something in its place.
+    """Raise if a weight file that a loader would open is damaged or is not a weight file.
 
-    For the time before a library with errors of its own opens them: headers are read, tensors are
-    not. A folder without weight files passes, and so does a path that does not exist, which may be
-    a model's name on the hub.
+    Call this before another library opens the files and raises errors of its own. Headers are
+    read, tensors are not. A folder without weight files passes. So does a path that does not
+    exist, because it may be a model's name on the hub.
 
     Args:
         path: The folder of a model, or one weight file.
 
     Raises:
         FileNotFoundError: If a weight file is a link that leads nowhere, or a shard is missing.
-        InputError: If one is a Git LFS pointer, a web page, text, empty or truncated, or not of the
-            format that its name says; the message names the file.
+        InputError: If one is a Git LFS pointer, a web page, text, empty or truncated, or its format
+            is not the one of its name; the message names the file.
     """
     for file in _opened_by_loaders(path) if path.is_dir() else [path] if path.is_file() else []:
         if file.is_symlink() and not file.exists():
@@ -103,9 +103,9 @@ def check_weight_files(path: Path) -> None:
 
 
 def _opened_by_loaders(directory: Path) -> list[Path]:
-    """The weight files that transformers would open, or all where it is not known which.
+    """Return the weight files that transformers would open, or all if that is not known.
 
-    A clone often has pointers in place of the formats that are not needed.
+    The others are not checked: a clone often has Git LFS pointers for formats that are not needed.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         if os.path.lexists(directory / single):
@@ -125,7 +125,7 @@ def _opened_by_loaders(directory: Path) -> list[Path]:
 
 
 def _check_container(path: Path) -> None:
-    """Raise unless the file begins, and as far as that is quickly seen ends, as its name says."""
+    """Raise if the file's first bytes do not fit its name, or if it is visibly truncated."""
     if path.suffix.lower() == ".safetensors":
         _open_safetensors(path)
         return
@@ -150,16 +150,16 @@ def _open_safetensors(path: Path) -> Any:
 
 
 class TensorFile:
-    """The tensors of one ``.safetensors`` or ``.bin`` file, mapped: only what is used is read.
+    """The memory-mapped tensors of one ``.safetensors`` or ``.bin`` file.
 
-    A safetensors file is recognised under any name. ``metadata`` is what it says of itself, and
-    empty for a ``.bin``.
+    Only tensors that are used are read. A safetensors file is recognised under any name. The
+    attribute ``metadata`` holds the metadata of its header; it is empty for a ``.bin``.
 
     A ``.bin`` is read by PyTorch's restricted unpickler, which builds tensors and runs no code.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is damaged or holds something else than tensors.
+        InputError: If it is damaged or holds anything other than tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,7 +190,7 @@ class TensorFile:
             found = f" ({name[1]})" if name else ""
             raise InputError(
                 f"{self.path} is damaged or holds pickled objects that are not tensors{found}; "
-                "refused, nothing in it was executed"
+                "it was not loaded, and nothing in it was executed"
             ) from error
         except Exception as error:  # a damaged pickle can raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -203,10 +203,10 @@ class TensorFile:
         self._get = state.__getitem__
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor whose bytes are still in the file.
+        """Return a memory-mapped tensor.
 
         Raises:
-            ValueError: If there is no such key, or what it holds is not a plain floating tensor.
+            ValueError: If there is no such key, or its value is not a plain floating-point tensor.
         """
         if key not in self.keys:
             raise InputError(f"{self.path} holds no tensor {key}")
@@ -227,7 +227,7 @@ class TensorFile:
         return tensor.detach()
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of a tensor in memory, cast to ``dtype`` if that is given.
+        """Return a copy of a tensor in memory, cast to ``dtype`` if given.
 
         Raises:
             ValueError: As :meth:`tensor` and :func:`cast` do.
@@ -238,14 +238,14 @@ class TensorFile:
 
 
 def _begins_as_safetensors(path: Path) -> bool:
-    """Whether a length that the file has room for, and a JSON object, are at its start."""
+    """Return whether the file starts with a header length that fits it and a JSON object."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def parse_device(device: torch.device | str) -> torch.device:
-    """A device from itself or its name.
+    """Return a device, given the device or its name.
 
     Raises:
         InputError: If there is no such device, or it cannot be used here.
@@ -258,10 +258,10 @@ def parse_device(device: torch.device | str) -> torch.device:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating dtype from itself or its name.
+    """Return a floating-point dtype, given the dtype or its name; ``None`` for ``None``.
 
     Raises:
-        ValueError: If it is not one of those that can be written.
+        ValueError: If it is not one of :data:`DTYPES`.
     """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in SAFETENSORS_DTYPES:
@@ -270,7 +270,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``, itself where it is already.
+    """Return the tensor in ``dtype``; the same tensor if it has that dtype.
 
     Raises:
         ValueError: If a finite number overflows.
@@ -288,7 +288,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+    """A tensor to be written: its entry in the header, and a function that loads its data."""
 
     name: str
     dtype: torch.dtype
@@ -302,10 +302,10 @@ class Entry(NamedTuple):
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Entries for tensors that are in memory.
+    """Return entries for tensors that are in memory.
 
     Raises:
-        InputError: If one is something else, as the packed weights of a quantised module.
+        InputError: If a value is not a tensor, such as the packed weights of a quantised module.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -319,7 +319,7 @@ def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The tensor's data, row-major; copied only where it does not lie like that."""
+    """Return the tensor's bytes in row-major order, copied only if they are laid out otherwise."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -331,10 +331,10 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time.
 
-    safetensors' own writer wants all of them at once, and before its release 0.8 it copies each of
-    them besides.
+    safetensors' own writer needs all of them at once, and before its release 0.8 it also copies
+    each of them.
     """
-    # Wider numbers first keeps every tensor aligned.
+    # Wider dtypes come first, which keeps every tensor aligned.
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -356,11 +356,11 @@ def write_safetensors(
 
 
 def save_bin(state: Mapping[str, Any], path: Path) -> None:
-    """``torch.save`` whose disk errors are reported as such."""
+    """Write a state dict with ``torch.save``, and raise disk errors as ``OSError``."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # PyTorch's own, instead of the OSError
+        except RuntimeError as error:  # PyTorch raises it instead of the OSError
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(str(error))) from error
         file.flush()
@@ -371,7 +371,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose outermost value is an object.
 
     Raises:
-        InputError: If it is something else.
+        InputError: If the file holds anything else.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -389,9 +389,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name to write to, which takes the place of ``path`` once the block has succeeded.
+    """Yield a temporary name to write to; its file replaces ``path`` when the block has succeeded.
 
-    On any failure what was at ``path`` stays as it was.
+    On any failure ``path`` is unchanged.
 
     Raises:
         OSError: If something cannot be written; the message names ``path``.
@@ -417,15 +417,16 @@ def refuse_existing(path: Path) -> None:
 def staged_directory(
     destination: str | Path, check: Callable[[Path], None] = refuse_existing
 ) -> Iterator[Path]:
-    """Yield a fresh directory that takes the place of ``destination`` once the block has succeeded.
+    """Yield a new directory, which replaces ``destination`` when the block has succeeded.
 
-    On any failure it is removed and the destination untouched; a killed process leaves it behind
-    under the name ``.<destination>.partial-*``. Replacing is one exchange of two names where the
-    system has it (Linux), two renames elsewhere.
+    On any failure the new directory is removed and ``destination`` is unchanged. A killed process
+    leaves it under the name ``.<destination>.partial-*``. On systems that can exchange two names in
+    one step (Linux) the replacement is one step, elsewhere two renames.
 
     Args:
-        destination: The directory to be.
-        check: Raises unless what is at the destination by now may be replaced.
+        destination: The directory to write.
+        check: Called before and after the block; raises unless what is at ``destination`` may be
+            replaced.
 
     Raises:
         FileExistsError: As ``check`` does.
@@ -468,7 +469,7 @@ def _replace(final: Path, staging: Path, exists: bool) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step, or say that this system or file system cannot."""
+    """Swap two names in one step; return False if this system or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -478,7 +479,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Bring an open file to the disk."""
+    """Flush an open file to the disk."""
     os.fsync(descriptor)
 
 

@@ -1,8 +1,8 @@
-"""When a module may read its children's parameters, and what it does where it may not.
+"""The rules for when a module may read its children's parameters instead of calling them.
 
-Reading ``child.weight`` instead of calling ``child`` is what makes fusing possible, and it is wrong
-as soon as calling the child does more: LoRA adapters, quantised weights, hooks, parametrisations.
-Then the module calls that child.
+A fused operation reads ``child.weight`` and does not call ``child``. That is wrong if calling the
+child does more than apply its weights: LoRA adapters, quantised weights, hooks, parametrisations.
+The module then calls that child normally.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ _logged: WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = WeakKeyDictionary(
 def why_not_plain(module: nn.Module, reads: Reads) -> tuple[str, str] | None:
     """Return the first child of ``module`` that has to be called instead of read, and why.
 
-    A child is plain if calling it does exactly what its type does with its own parameters: the type
-    is the one that ``reads`` names and its ``forward`` was not replaced, the parameters are plain
-    floating tensors (no DTensor, nothing quantised) and no hook is registered, except those that
-    DeepSpeed ZeRO-3 puts on every module: its parameters carry ``ds_id`` and gather themselves when
-    read. An ``nn.Sequential`` holds the children that ``reads`` names and no others, a LayerNorm
-    has a gain over one dimension, and attention can be taken apart: neither extra rows or other
-    widths for keys and values, nor active dropout. Hooks for all modules at once
-    (``register_module_forward_hook``) are not looked at.
+    A child is plain if calling it only applies its own parameters, as its type does:
+
+    - Its type is exactly the one in ``reads``, and its ``forward`` was not replaced.
+    - Its parameters are plain floating-point tensors, not DTensors and not quantised.
+    - It has no hooks. Those that DeepSpeed ZeRO-3 puts on every module do not count: its
+      parameters, recognised by ``ds_id``, are gathered when they are read.
+    - An ``nn.Sequential`` has the children in ``reads`` and no others.
+    - A LayerNorm has a gain and normalises over one dimension.
+    - An ``nn.MultiheadAttention`` has neither ``bias_k`` nor ``add_zero_attn``, the same width for
+      queries, keys and values, and no active dropout.
+
+    Global hooks (``register_module_forward_hook``) are not checked.
 
     Args:
         module: The module that holds the children.
-        reads: Their names, dotted for grandchildren, and types.
+        reads: Names of the children, dotted for grandchildren, and their exact types.
 
     Returns:
         The child's name and the reason, or ``None`` if all children are plain.
@@ -71,7 +75,7 @@ def is_plain(module: nn.Module, reads: Reads) -> bool:
         for name, kind in reads.items():
             try:
                 reason = _why_called(module.get_submodule(name), kind)
-            except AttributeError:  # what holds it was replaced, and is logged itself
+            except AttributeError:  # the module around it was replaced, which is logged
                 continue
             if reason and (name, reason) not in logged:
                 logged.add((name, reason))
@@ -85,7 +89,8 @@ def why_touched(module: nn.Module) -> str | None:
         return "its forward was replaced"
     for kind in _HOOKS:
         if getattr(module, kind):
-            # ZeRO-3 hooks every module; a container is known by its children's parameters.
+            # ZeRO-3 puts hooks on every module. A container has them if its children's parameters
+            # carry ds_id.
             if any(hasattr(p, "ds_id") for p in module.parameters()):
                 return None
             return f"it has {kind.strip('_')}"
@@ -114,7 +119,7 @@ def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
             return "it adds rows to keys and values (bias_k or add_zero_attn)"
         if module.training and module.dropout:
             return "its dropout is active"
-    # Asked here as well, because this is asked of every child in every forward.
+    # The conditions of why_touched inline, because this runs for every child in every forward.
     own = module.__dict__
     if "forward" in own or any(map(own.__getitem__, _HOOKS)):
         return why_touched(module)
@@ -122,7 +127,7 @@ def _why_called(module: Any, kind: type[nn.Module]) -> str | None:
 
 
 def linear_layer_norm(x: Tensor, linear: Any, norm: Any) -> Tensor:
-    """``norm(linear(x))`` as one operation, for two children that may be read."""
+    """Compute ``norm(linear(x))`` as one operation; both children must be plain."""
     return ops.linear_layer_norm(x, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
 
 
@@ -134,6 +139,9 @@ def linear_norm_linear(
     outer_bias: Tensor | None,
     **others: Any,
 ) -> Any:
-    """``norm(linear(x)) outer_weightᵀ + outer_bias`` as one operation, likewise."""
+    """Compute ``norm(linear(x)) outer_weightᵀ + outer_bias`` as one operation.
+
+    Both children must be plain. ``others`` are those of :func:`visproj.ops.linear_norm_linear`.
+    """
     inner = (linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
     return ops.linear_norm_linear(x, *inner, outer_weight, outer_bias, **others)

@@ -1,4 +1,4 @@
-"""What ``visproj info`` prints: what is installed, what would run, and what is kept where."""
+"""Output of ``visproj info``: installed packages, devices and backends, settings, caches."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from visproj.outcome import REQUIREMENTS
 if TYPE_CHECKING:
     import torch
 
-# The settings of other packages that change what this one does.
+# Environment variables of other packages that change what visproj does.
 OTHER_SETTINGS = (
     "CUDA_VISIBLE_DEVICES",
     "HF_HOME",
@@ -26,11 +26,11 @@ OTHER_SETTINGS = (
 
 
 def describe() -> Iterator[str]:
-    """Yield the lines. What cannot be found out is said in its line, and the others still come."""
+    """Yield the lines. A section that raises ends with its error, and the next ones follow."""
     yield f"visproj {__version__} in {Path(__file__).parent}"
     yield f"Python {platform.python_version()} on {platform.platform()}"
     yield from _section("packages", _packages)
-    yield from _section("devices and what runs on them", _devices)
+    yield from _section("devices and their backends", _devices)
     yield from _section("settings", _settings)
     yield from _section("cache", _cache)
 
@@ -41,7 +41,7 @@ def _section(title: str, lines: Callable[[], Iterable[str]]) -> Iterator[str]:
         for line in lines():
             yield f"  {line}"
     except Exception as error:  # a broken package can raise anything when it is imported
-        yield f"  cannot be found out: {_reason(error)}"
+        yield f"  cannot be determined: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -59,7 +59,7 @@ def _packages() -> Iterator[str]:
 
 
 def distributions() -> dict[str, str]:
-    """Every package that visproj can use, by its name for pip, and what to install for it."""
+    """Return the requirement to install for each package that visproj can use, by its pip name."""
     names = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
     found = {
         names.get(package, package).replace("_", "-"): requirement
@@ -86,7 +86,7 @@ def _devices() -> Iterator[str]:
 
 
 def _backend(device: "torch.device") -> str:
-    """Say what runs an operation on a tensor of the device, and why."""
+    """Return what runs operations on tensors of the device, and why."""
     import torch
 
     from visproj.backend import runs_triton
@@ -97,7 +97,7 @@ def _backend(device: "torch.device") -> str:
         if runs_triton(torch.empty(0, device=device)):
             return f"Triton kernels (backend {chosen})"
     except Exception as error:
-        return f"nothing runs (backend {chosen}): {_reason(error)}"
+        return f"operations fail (backend {chosen}): {_reason(error)}"
     if chosen == "torch":
         return "PyTorch (backend torch)"
     try:
@@ -122,7 +122,7 @@ def _cache() -> Iterator[str]:
     if folder is None:
         yield "none: there is no home directory, and VISPROJ_CACHE_DIR is not set"
     elif not folder.exists():
-        yield f"{folder}: nothing yet"
+        yield f"{folder}: does not exist yet"
     else:
         yield f"{folder}: {_size(folder)}"
         for entry in sorted(folder.iterdir()):
@@ -130,6 +130,6 @@ def _cache() -> Iterator[str]:
 
 
 def _size(path: Path) -> str:
-    """Count the files at or below a path, and their bytes."""
+    """Return the number of files at or below a path and their total size, as text."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"

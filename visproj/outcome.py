@@ -1,4 +1,4 @@
-"""How the command line talks and ends: its consoles, and one line for each expected error."""
+"""Consoles of the command line, and its exit: one line for each error that a user can cause."""
 
 import os
 import sys
@@ -22,27 +22,28 @@ _TRAIN = "accelerate datasets pyarrow scipy skimage tensorboard"
 REQUIREMENTS = {
     **dict.fromkeys(_BASE.split(), "visproj"),
     **dict.fromkeys(_DEMO.split(), "visproj[demo]"),
-    **dict.fromkeys(
-        ["accelerate", "datasets", "pyarrow", "scipy", "skimage", "tensorboard"], "visproj[train]"
-    ),
+    **dict.fromkeys(_TRAIN.split(), "visproj[train]"),
     **dict.fromkeys(["pytest", "pytest_benchmark"], "visproj[bench]"),
 }
-"""What to install for each package that visproj imports."""
+"""The requirement to install with pip, for each package that visproj imports."""
 
-# The base of all errors about arguments is in click, or in the copy of it that typer brings.
+# The base class of errors about arguments is that of click, or of the copy of click in typer.
 _ARGUMENTS: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
 
 def stop(interrupt: KeyboardInterrupt | None = None) -> NoReturn:
-    """Exit after Ctrl-C, with what the interrupted command has to say about it."""
+    """Print the text of an interrupted command, or "stopped", and exit with status 130."""
     errors.print(str(interrupt or "") or "stopped")
     sys.exit(130)
 
 
 def fail(error: Exception) -> NoReturn:
-    """Exit with one line for what the user can mend, with a traceback for a bug."""
+    """Print an error that the user can fix as one line, a bug with its traceback, and exit.
+
+    The exit status is 2 for options or arguments that cannot be used, and 1 otherwise.
+    """
     discard_output()
     message = explain(error)
     if message is None:
@@ -56,7 +57,7 @@ def fail(error: Exception) -> NoReturn:
 
 
 def discard_output() -> None:
-    """Let go of output that cannot be written: Python would try again, and fail, at its exit."""
+    """Redirect output to the null device if it cannot be written; Python's exit would fail."""
     try:
         output.file.flush()
     except OSError:
@@ -64,7 +65,7 @@ def discard_output() -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """Say in one line what was wrong and what is wanted; None for a bug of this package."""
+    """Return a one-line message for an error that the user can fix, None for a bug of visproj."""
     if isinstance(error, _ARGUMENTS):
         message = " ".join(error.format_message().replace("Value error, ", "").split())
         return message[:1].lower() + message[1:].rstrip(".")
@@ -80,6 +81,6 @@ def explain(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has a class of its own for a GPU's memory, and none for the CPU's."""
+    """Return whether memory ran out; PyTorch has an error class for it on GPUs, not on the CPU."""
     named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return isinstance(error, MemoryError) or named

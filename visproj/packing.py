@@ -1,4 +1,4 @@
-"""Images of different sizes in one batch, their tokens one after another and without padding."""
+"""Packed batches: the tokens of images of different sizes, one after another without padding."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Packed(NamedTuple):
 
     Attributes:
         rows: ``[T, C]``, image after image.
-        lengths: How many rows each image has; their sum is ``T``.
-        grids: The grid of each image; empty where positions do not matter.
+        lengths: Number of rows of each image; their sum is ``T``.
+        grids: The grid of each image; empty if the keys have no positions.
     """
 
     rows: Tensor
@@ -43,16 +43,16 @@ def pack(
     has_cls: bool,
     positioned: bool,
 ) -> Packed:
-    """Check a batch of images and lay their tokens one after another, without CLS.
+    """Check a batch of images and concatenate their tokens, without CLS.
 
     Args:
-        features: A list of ``[L_i, C]``, or ``[T, C]`` beside ``cu_seqlens``.
-        cu_seqlens: int32 ``[B + 1]``: where each image starts, and ``T``. While ``torch.compile``
-            traces, lengths are those of the grids instead.
-        grids: Rows and columns of each image; squares where they or one of them is ``None``.
-        width: ``C``.
+        features: A list of ``[L_i, C]``, or ``[T, C]`` with ``cu_seqlens``.
+        cu_seqlens: int32 ``[B + 1]``: the first row of each image, then ``T``. While
+            ``torch.compile`` traces it is not read, and the lengths are those of the grids.
+        grids: Rows and columns of each image. ``None``, for all images or for one, means a square.
+        width: Width ``C`` of the features.
         has_cls: Whether each image starts with a CLS token, which is dropped.
-        positioned: Whether grids are needed.
+        positioned: Whether the keys have positions, so that every image needs a grid.
 
     Raises:
         TypeError: If features are not floating point, or ``cu_seqlens`` is not int32.
@@ -77,7 +77,7 @@ def pack(
     if len(wanted) != len(images):
         raise InputError(f"there are {len(images)} images, but {len(wanted)} grids")
     if not images:
-        raise InputError("there are no images: a packed batch needs one at least")
+        raise InputError("there are no images: a packed batch needs at least one")
     images = [image[1:] for image in images] if has_cls else images
     lengths = [image.shape[0] for image in images]
     found = []
@@ -95,16 +95,16 @@ def pack(
 def _cut_unread(
     features: Tensor | Sequence[Tensor], grids: Sequence[Grid | None] | None, has_cls: bool
 ) -> list[Tensor]:
-    """The images of ``[T, C]`` while a compiler traces, which cannot read where they start."""
+    """Cut ``[T, C]`` into images by their grids, while a compiler traces and reads no values."""
     check_tensor("features", features)
     assert isinstance(features, Tensor)
     if grids is None or None in grids:
-        raise InputError("while compiling cu_seqlens are not read: pass the grid of every image")
+        raise InputError("cu_seqlens is not read while compiling: pass the grid of every image")
     return list(features.split([math.prod(grid) + has_cls for grid in grids if grid is not None]))
 
 
 def _cut(features: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> list[Tensor]:
-    """The images of ``[T, C]``, of which ``cu_seqlens`` says where they start."""
+    """Cut ``[T, C]`` into images, which start at the rows in ``cu_seqlens``."""
     check_tensor("features", features)
     check_tensor("cu_seqlens", cu_seqlens)
     assert isinstance(features, Tensor)
@@ -114,7 +114,7 @@ def _cut(features: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> list[Tensor
         raise InputError(f"cu_seqlens must be [B + 1], got shape {list(cu_seqlens.shape)}")
     if features.ndim != 2:
         raise InputError(
-            f"beside cu_seqlens features must be [T, C], got shape {list(features.shape)}"
+            f"with cu_seqlens, features must be [T, C], got shape {list(features.shape)}"
         )
     if cu_seqlens.device.type != "cpu":
         check_device("cu_seqlens", cu_seqlens, "features", features)
@@ -129,11 +129,11 @@ def _cut(features: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> list[Tensor
 
 
 def read_grids(sizes: Tensor | Sequence[Grid], batch: int, length: int) -> list[Grid]:
-    """Grids given as ``[B, 2]`` rows and columns, for images padded to ``length`` tokens.
+    """Return grids, given as ``[B, 2]`` rows and columns, of images padded to ``length`` tokens.
 
     Raises:
-        ValueError: If there are not ``batch`` of them, or one is not two positive whole numbers or
-            does not fit.
+        ValueError: If there are not ``batch`` of them, or one is not two positive integers or has
+            more than ``length`` cells.
     """
     if isinstance(sizes, Tensor):
         if sizes.ndim != 2 or sizes.shape[1] != 2:

@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 
 
 def sincos_position_table(dim: int, grid: Grid = (16, 16)) -> Tensor:
-    """Fixed 2-D sine-cosine embedding of every cell of a grid, column (width) first.
+    """Compute the fixed 2-D sine-cosine embedding of every cell of a grid, column (width) first.
 
     With ``ω_k = 10000^(-4k / dim)``, ``k = 0 .. dim/4 - 1``, the row of the cell in row ``i`` and
     column ``j`` is ``[sin(j ω), cos(j ω), sin(i ω), cos(i ω)]``. Computed in fp64.
@@ -70,8 +70,7 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
 
     Raises:
         TypeError: If ``table`` is not a floating-point tensor.
-        ValueError: If it has another shape than ``source`` says, or a grid is not two positive
-            integers.
+        ValueError: If its shape does not match ``source``, or a grid is not two positive integers.
     """
     if not isinstance(table, Tensor) or not table.is_floating_point():
         got = table.dtype if isinstance(table, Tensor) else type(table).__name__
@@ -93,17 +92,17 @@ def resize_position_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
 
 
 def sincos_axis(dim: int, positions: Sequence[int] | range) -> Tensor:
-    """Sine-cosine rows of positions on one axis, rounded as MiniCPM-V's own are.
+    """Compute the sine-cosine embedding of positions on one axis, with MiniCPM-V's rounding.
 
-    ``[sin(p ω), cos(p ω)]`` with ``ω_k = 10000^(-2k / dim)``, every step in fp32: at large
-    positions that differs from :func:`sincos_position_table` by a rounding of the angle.
+    ``[sin(p ω), cos(p ω)]`` with ``ω_k = 10000^(-2k / dim)``. Every step is in fp32: at large
+    positions the result differs from :func:`sincos_position_table` by a rounding of the angle.
 
     Args:
-        dim: Width, even.
-        positions: Where.
+        dim: Width of the embedding, even.
+        positions: The positions ``p``, integers.
 
     Returns:
-        fp32 ``[positions, dim]`` on the CPU.
+        fp32 ``[len(positions), dim]`` on the CPU.
 
     Source: MiniCPM-V ``resampler.py``.
     """
@@ -113,15 +112,16 @@ def sincos_axis(dim: int, positions: Sequence[int] | range) -> Tensor:
 
 
 def position_axes(table: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
-    """What a position table is made of, one vector per row beside one per column of its grid.
+    """Split a separable position table into one vector per row and one per column of its grid.
 
     Args:
         table: ``[rows * columns, D]``.
         grid: Its rows and columns.
 
     Returns:
-        ``[rows, D / 2]``, the second half of the cells' columns, and ``[columns, D / 2]``, the
-        first; ``None`` if a cell holds anything else.
+        ``[rows, D / 2]``, the second half of every cell, and ``[columns, D / 2]``, the first half.
+        ``None`` if the table is not separable: the second half of a cell depends on its column, or
+        the first on its row.
     """
     half = table.shape[-1] // 2
     cells = table.unflatten(0, grid)
@@ -130,25 +130,25 @@ def position_axes(table: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
 
 
 def by_cell(rows: Tensor, columns: Tensor) -> Tensor:
-    """``[h, D / 2]`` and ``[w, D / 2]`` as one table ``[h, w, D]``, columns first."""
+    """Combine ``[h, D / 2]`` and ``[w, D / 2]`` to one table ``[h, w, D]``, columns' half first."""
     sides = (len(rows), len(columns), -1)
     return torch.cat([columns.expand(sides), rows[:, None].expand(sides)], -1)
 
 
 def check_grid(grid: Grid) -> Grid:
-    """Return ``grid`` as two positive ints or raise ``ValueError`` naming what was got."""
+    """Return ``grid`` as two positive ints, or raise ``ValueError`` with the value given."""
     try:
         rows, columns = (int(n) for n in grid)
     except (TypeError, ValueError, OverflowError):  # None, NaN, infinity, or not two of anything
         rows = columns = 0
-    # In this order: only what could be counted can be compared.
+    # In this order: a grid that could not be unpacked cannot be compared either.
     if min(rows, columns) < 1 or (rows, columns) != tuple(grid) or bool in map(type, grid):
         raise InputError(f"grid must be two positive integers (rows, columns), got {grid!r}")
     return rows, columns
 
 
 def grid_of(tokens: int, grid: Grid | None) -> Grid:
-    """The grid that ``tokens`` visual tokens (CLS removed) lie on.
+    """Return the grid of ``tokens`` visual tokens (CLS removed): ``grid``, or a square.
 
     Raises:
         ValueError: If ``grid`` holds another number of cells, if it is ``None`` and ``tokens`` is
@@ -177,9 +177,9 @@ class PositionCache:
     """Resized copies of one frozen position table, rebuilt whenever the table may have changed.
 
     An entry is used only while the table is the same tensor at the same version and address.
-    Nothing is kept while compiling, exporting or capturing a CUDA graph, for a table that trains,
-    or for one that a training engine keeps in pieces or functorch wraps. Copies and pickles of the
-    cache are empty.
+    Nothing is cached while compiling, exporting or capturing a CUDA graph, nor for a table that
+    requires a gradient, is sharded by a training engine or is wrapped by functorch. Copies and
+    pickles of the cache are empty.
     """
 
     _CAPACITY = 16
@@ -192,7 +192,7 @@ class PositionCache:
         self._entries.clear()
 
     def resize(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
-        """Same as :func:`resize_position_table`, remembered where that is safe."""
+        """Call :func:`resize_position_table`, and cache the result if that is safe."""
         if source == target or not _cacheable(table):
             return resize_position_table(table, source, target)
         key, state = (id(table), source, target), (table._version, table.data_ptr())
@@ -212,10 +212,10 @@ class PositionCache:
 
 
 class PositionedModule(nn.Module):
-    """A module that resizes a position table, and forgets what it resized when tables may change.
+    """A module with a cache of resized position tables, cleared whenever tables may change.
 
     Attributes:
-        _positions: The cache; empty after a cast, a move or loading.
+        _positions: The cache; cleared by a cast, by a move to a device and by loading weights.
     """
 
     def __init__(self) -> None:
@@ -223,9 +223,9 @@ class PositionedModule(nn.Module):
         self._positions = PositionCache()
 
     def _resized(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
-        """``table`` on another grid. Remembered in eval mode only.
+        """Return ``table`` resized to another grid, cached in eval mode only.
 
-        In training, weights are also written through ``.data``, which leaves no trace on a tensor.
+        In training, weights are also written through ``.data``, which the cache cannot detect.
         """
         if source == target:
             return table

@@ -1,4 +1,4 @@
-"""One way in which long calls report what they are doing, and how the command line shows it."""
+"""Progress reports of long calls, and their display on the console."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Receives what a long call reports; this class ignores it, subclasses show it."""
+    """Receiver of a long call's progress reports; this class ignores them, subclasses show them."""
 
     def stage(self, name: str, total: int = 0, done: int = 0) -> None:
-        """Begin a stage of ``total`` steps, 0 if unknown, of which ``done`` are done already."""
+        """Begin a stage of ``total`` steps (0 if unknown), of which ``done`` are done already."""
 
     def advance(self, note: str = "") -> None:
         """Finish one step of the stage; ``note`` is shown beside it."""
 
     def note(self, text: str) -> None:
-        """Say something that stays."""
+        """Show a message that stays on the console when the stage ends."""
 
 
 SILENT = Progress()
 
 
 class ConsoleProgress(Progress):
-    """Show one bar at a time on a terminal, plain lines on any other console.
+    """Progress shown as one bar at a time on a terminal, and as plain lines on other consoles.
 
-    A console that is not a terminal gets a line every 10 s. After the first one it gets a line as
-    each stage begins, and one as a stage with notes ends.
+    A console that is not a terminal gets at most one line per 10 s. After the first line it also
+    gets one when a stage begins and one when a stage with notes ends.
 
     Args:
-        console: Where it is shown.
-        first: Name of the stage that is under way when the block is entered.
-        transient: Erase the bars at the end, and print no plain lines.
+        console: Console to print to.
+        first: Name of the stage that is running when the ``with`` block begins.
+        transient: Whether to erase the bars at the end and to print no plain lines.
     """
 
     SECONDS = 10.0  # between two plain lines
@@ -48,7 +48,7 @@ class ConsoleProgress(Progress):
         self._bare = not console.is_terminal or console.is_dumb_terminal
         self._prints = self._bare and not transient
         self._printed = time.monotonic()
-        self._long = False  # has run long enough for a first line
+        self._long = False  # whether a plain line has been printed
         self._bars = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
@@ -77,7 +77,7 @@ class ConsoleProgress(Progress):
         self.stop()
 
     def stop(self) -> None:
-        """Show no more bars, for something else to be printed."""
+        """Stop showing bars, so that other output can be printed."""
         if not self._bare:
             self._bars.stop()
 
@@ -93,11 +93,11 @@ class ConsoleProgress(Progress):
         self._print_line(at_once=bool(note) and self._bars.tasks[-1].finished)
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bars."""
+        """Print a message on its own line, above the bars."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _print_line(self, at_once: bool = False) -> None:
-        """Print the state of the task in a plain line, unless one was printed just now."""
+        """Print the task's state as a plain line; without ``at_once`` at most one per 10 s."""
         now = time.monotonic()
         if not self._prints or (now - self._printed < self.SECONDS and not at_once):
             return

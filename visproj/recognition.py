@@ -1,4 +1,4 @@
-"""Other models' resamplers and projectors, known by names, types and shapes of what they hold."""
+"""Recognition of other models' resamplers and projectors by names, types and shapes inside."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ PROJECTORS = (
     AriaProjector,
     Kosmos2Projection,
 )
-# Containers of transformers' that ours take the place of; every other child is carried over.
+# Containers that replace those of transformers. Every other child is reused as it is.
 CLIP = (CLIPEncoderLayer, CLIPAttention, CLIPMLP)
 
 
 class Kind(NamedTuple):
-    """One of the modules that are known.
+    """A kind of module that visproj recognises.
 
     Attributes:
-        name: What it is called.
+        name: Name in messages.
         children: The names of its children.
-        build: Makes ours of the same sizes.
+        build: Builds visproj's module of the same sizes.
         parameters: The names of its own parameters, ``None`` for any.
-        inside: The names of children of children, by child.
-        containers: Children that are kept whatever their class is; what they hold is checked.
+        inside: The names of the children of a child, by child.
+        containers: Children that may be of any class, because only what they hold is checked.
         buffers: Buffers that it may have.
     """
 
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     buffers: tuple[str, ...] = ()
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether ``module`` has children and parameters of these names."""
+        """Return whether ``module`` has children and parameters of these names."""
         if _names(module) != self.children:
             return False
         if self.parameters is not None and not self.parameters <= set(module._parameters):
@@ -65,7 +65,7 @@ def _names(module: nn.Module) -> set[str]:
 
 
 def kind_of(name: str, module: nn.Module) -> Kind | None:
-    """Which of the known modules this is built like; ``name`` is what its parent calls it."""
+    """Return the kind that ``module`` is built like, or ``None``; ``name`` is its child name."""
     for kind in KINDS:
         if kind.fits(module):
             return kind
@@ -77,10 +77,10 @@ def kind_of(name: str, module: nn.Module) -> Kind | None:
 
 
 def counterpart(kind: Kind, module: nn.Module) -> nn.Module:
-    """Ours for a module of this kind, on the device meta.
+    """Build visproj's module for a module of this kind, on the meta device.
 
     Raises:
-        ValueError: With what differs, if ``module`` is not quite one.
+        ValueError: If ``module`` differs from this kind; the message says where.
     """
     with torch.device("meta"):
         try:
@@ -93,7 +93,7 @@ def counterpart(kind: Kind, module: nn.Module) -> nn.Module:
 
 
 def _check_types(kind: Kind, module: nn.Module, ours: nn.Module) -> None:
-    """Raise unless every module below has exactly the type that ours has there."""
+    """Raise unless every module inside has exactly the type of its counterpart in ``ours``."""
     for name, wanted in ours.named_modules():
         if not name or name in kind.containers or isinstance(wanted, CLIP):
             continue
@@ -109,10 +109,10 @@ def _check_types(kind: Kind, module: nn.Module, ours: nn.Module) -> None:
 
 
 def _is_attention(name: str, found: nn.Module, ours: nn.Module) -> bool:
-    """Whether it is a subclass of ``nn.MultiheadAttention`` that may be exchanged, or its output.
+    """Return whether it is a subclass of ``nn.MultiheadAttention``, or the output Linear of one.
 
-    MiniCPM-V ships one whose ``out_proj`` is an ordinary Linear. That it has no more parameters is
-    seen by their shapes.
+    Such a subclass is replaced: MiniCPM-V has one whose ``out_proj`` is an ordinary Linear.
+    Additional parameters are found by the check of shapes.
     """
     if isinstance(ours.get_submodule(name), nn.MultiheadAttention):
         return isinstance(found, nn.MultiheadAttention)
@@ -122,31 +122,31 @@ def _is_attention(name: str, found: nn.Module, ours: nn.Module) -> bool:
 
 
 def _check_shapes(kind: Kind, module: nn.Module, ours: nn.Module) -> None:
-    """Raise unless ``module`` holds parameters of our names, shapes and order and no buffers."""
+    """Raise if parameters differ from ours in name, shape or order, or for unknown buffers."""
     found, wanted = _shapes(module), _shapes(ours)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise InputError(
-                f"its {name} is {found.get(name, 'absent')} where {wanted.get(name, 'nothing')} "
-                "is wanted"
+                f"its {name} is {found.get(name, 'absent')}, but should be "
+                f"{wanted.get(name, 'absent')}"
             )
     if list(found) != list(wanted):
         pairs = zip(found, wanted, strict=True)
         theirs, expected = next(pair for pair in pairs if pair[0] != pair[1])
-        raise InputError(f"its layers come in another order: {theirs} where {expected} is wanted")
+        raise InputError(f"its layers come in another order: {theirs}, but {expected} was expected")
     names = [name for name, _ in module.named_buffers() if name not in kind.buffers]
     if names:
-        raise InputError(f"it has the buffer {names[0]}")
+        raise InputError(f"it has a buffer that was not expected, {names[0]}")
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    """The shape of every parameter, in order."""
+    """Return the shape of every parameter, in order."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: list(_shape(parameter)) for name, parameter in named}
 
 
 def _shape(parameter: Tensor) -> torch.Size:
-    """The whole parameter's shape, also where ZeRO-3 keeps it in pieces."""
+    """Return the shape of the whole parameter, even if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -156,7 +156,7 @@ def _baseline(module: Any) -> nn.Module:
 
 def _vit(module: Any) -> nn.Module:
     if getattr(module.vis_layer, "gradient_checkpointing", False):
-        raise InputError("its vis_layer has gradient checkpointing on, which ours does not know")
+        raise InputError("its vis_layer uses gradient checkpointing, which ours does not support")
     attention, mlp = module.vis_layer.self_attn, module.vis_layer.mlp
     linear = module.projection[0]
     config = VisionConfig(
@@ -164,7 +164,7 @@ def _vit(module: Any) -> nn.Module:
         intermediate_size=mlp.fc1.out_features,
         num_attention_heads=attention.num_heads,
         hidden_act=_activation(mlp.activation_fn),
-        layer_norm_eps=1e-5,  # the LayerNorms themselves are carried over
+        layer_norm_eps=1e-5,  # not used: the LayerNorms themselves are reused
         attention_dropout=attention.dropout,
     )
     return ViTProjector(config, linear.out_features)
@@ -196,7 +196,7 @@ def _perceiver(module: Any) -> nn.Module:
 
 
 def _attending(module: Any) -> dict[str, Any]:
-    """What Qwen-VL's and MiniCPM-V's resamplers have in common."""
+    """Return the arguments that Qwen-VL's and MiniCPM-V's resamplers have in common."""
     width = _shape(module.query)[1]
     bare = type(module.kv_proj) is nn.Identity
     return {
@@ -223,7 +223,7 @@ def _minicpm(module: Any) -> nn.Module:
     if not isinstance(table, Tensor) or table.ndim != 3 or table.shape[2] != width:
         raise InputError(f"its pos_embed is not a table [rows, columns, {width}]")
     queries = _shape(module.query)[0]
-    # The table itself is carried over.
+    # max_size is not used: the table itself is reused.
     return MiniCPMResampler(**_attending(module), num_queries=queries, max_size=(1, 1))
 
 

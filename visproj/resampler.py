@@ -1,4 +1,4 @@
-"""The forward that every resampler has: learned queries attend to the features of an image."""
+"""The forward of every resampler: learned queries attend to the features of an image."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Resampled = Tensor | tuple[Tensor, Tensor | list[Tensor]]
 
 
 class Resampler(PositionedModule):
-    """Turn any number of visual tokens into a fixed number of language-model tokens.
+    """A module that turns any number of visual tokens into a fixed number of tokens.
 
-    A subclass gives the stages: :meth:`positions` of the keys, :meth:`project`, which makes
-    queries, keys and values, and :meth:`finish`, which takes what attention gives to the output.
-    Folded and unfolded resamplers differ in these alone.
+    A subclass implements the stages: :meth:`positions` returns the positions of the keys,
+    :meth:`project` computes queries, keys and values, and :meth:`finish` computes the output from
+    the result of the attention. Folded and unfolded resamplers differ only in these stages.
 
     Attributes:
         vis_dim: Width ``C`` of the features.
@@ -53,26 +53,27 @@ class Resampler(PositionedModule):
 
         Args:
             x: ``[..., 1 + L, C]`` with CLS, ``[..., L, C]`` with ``has_cls=False``. ``B`` below is
-                the product of the leading dimensions. Images of different sizes come as a list of
-                ``[L_i, C]``, or one after another as ``[T, C]`` beside ``cu_seqlens``; with CLS
-                each has it first.
+                the product of the leading dimensions. Images of different sizes are given as a list
+                of ``[L_i, C]``, or packed as ``[T, C]`` with ``cu_seqlens``; with CLS each image
+                starts with its own.
             attn_mask: ``[Q, L]`` or ``[B * heads, Q, L]`` with index ``b * heads + h``; bool, True
                 = masked out, or floating, added to the scores.
             key_padding_mask: bool ``[..., L]``, True = padding.
-            grid: Rows and columns that the ``L`` tokens lie on; a square when ``None``. For images
-                of different sizes one for each.
-            cu_seqlens: int32 ``[B + 1]``, where each image of ``[T, C]`` starts, and ``T``: what
-                FlashAttention takes. It is read, so on a GPU the call waits for it; while
-                ``torch.compile`` traces, lengths are those of the grids instead.
+            grid: Rows and columns of the grid that the ``L`` tokens lie on; a square when ``None``.
+                For images of different sizes, one grid per image.
+            cu_seqlens: int32 ``[B + 1]``: the first row of each image in ``[T, C]``, then ``T``, as
+                FlashAttention takes it. Its values are read: if it is on a GPU, the call waits for
+                the device. While ``torch.compile`` traces, the lengths are those of the grids.
             return_attention: Also return the attention probabilities.
 
         Returns:
-            ``[..., Q, D]``, and with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64
-            for an fp64 projector), for images of different sizes ``[B, Q, D]`` and a list of
-            ``[heads, Q, L_i]``. A query whose keys are all masked gets zero attention. Where
-            PyTorch's own Linear returns a view of its product, and with other than one leading
-            dimension, the result is a view, of which FSDP2 warns: that is harmless unless the
-            result is changed in place (write ``out = out + y``, not ``out += y``).
+            ``[..., Q, D]``; with ``return_attention`` also ``[..., heads, Q, L]`` in fp32 (fp64 for
+            an fp64 projector). For images of different sizes, ``[B, Q, D]`` and a list of
+            ``[heads, Q, L_i]``. A query whose keys are all masked gets zero attention.
+
+            The result is a view if PyTorch's own Linear computes it as one, and if ``x`` does not
+            have exactly one leading dimension. FSDP2 warns about a view. That is harmless unless
+            the result is changed in place: write ``out = out + y``, not ``out += y``.
 
         Raises:
             TypeError: If ``x``, ``cu_seqlens`` or a mask has an unsuitable dtype.
@@ -82,7 +83,7 @@ class Resampler(PositionedModule):
         """
         if cu_seqlens is not None or isinstance(x, (list, tuple)):
             if attn_mask is not None or key_padding_mask is not None:
-                raise InputError("images of different sizes take no masks: leave padding out")
+                raise InputError("images of different sizes take no masks: pass no padding tokens")
             several: Any = grid
             packed = pack(
                 x,
@@ -106,7 +107,7 @@ class Resampler(PositionedModule):
         grid: Any,
         return_attention: bool,
     ) -> Resampled:
-        """Images of one size: fold leading dimensions, and restore them."""
+        """Resample images of one size: flatten the leading dimensions, and restore them."""
         self.check(x, attn_mask)
         features = x[..., 1:, :] if self.has_cls else x
         *lead, length, width = features.shape
@@ -137,9 +138,9 @@ class Resampler(PositionedModule):
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """``[B, L, C] -> [B, Q, D]``, and the maps ``[B, H, Q, L]`` where they are wanted.
+        """Resample ``[B, L, C] -> [B, Q, D]``; with ``return_attention`` also ``[B, H, Q, L]``.
 
-        ``positions`` are those of the ``L`` tokens, or of the ``B * L`` tokens of all images.
+        ``positions`` are ``[L, ...]``, or ``[B, L, ...]`` if each image has its own.
         """
         q, *keys_values = self.with_latent(features, positions)
         attended = ops.cross_attention(q, *keys_values, **masks).flatten(-2)
@@ -151,9 +152,9 @@ class Resampler(PositionedModule):
     def resample_packed(
         self, packed: Packed, return_attention: bool, positions: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """``[T, C] -> [B, Q, D]``, and the maps ``[H, Q, L_i]`` where they are wanted.
+        """Resample ``[T, C] -> [B, Q, D]``; with ``return_attention`` also maps ``[H, Q, L_i]``.
 
-        Without ``positions [T, ...]`` they are those of the grids.
+        ``positions`` are ``[T, ...]``, by default those of the grids.
         """
         if positions is None:
             positions = self.packed_positions(packed.grids)
@@ -178,8 +179,8 @@ class Resampler(PositionedModule):
     def _one_by_one(
         self, packed: Packed, return_attention: bool, positions: Tensor | None
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """:meth:`resample_packed` by one :meth:`resample` per image."""
-        self.query_count(*packed.lengths)  # raises where images have different numbers
+        """Compute :meth:`resample_packed` with one :meth:`resample` per image."""
+        self.query_count(*packed.lengths)  # raises if images have different numbers of queries
         images = packed.split(packed.rows)
         tables = [None] * len(images) if positions is None else packed.split(positions)
         masks = {"attn_mask": None, "key_padding_mask": None}
@@ -191,13 +192,13 @@ class Resampler(PositionedModule):
         return torch.cat([out for out, _ in found]), maps if return_attention else None
 
     def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What :meth:`project` gives for a batch, with keys and values :meth:`appended`."""
+        """Call :meth:`project` for a batch, and append the keys and values of :meth:`appended`."""
         batch, length, _ = features.shape
-        if positions is None or len(positions) == length:
+        if positions is None or positions.ndim == 2:
             q, *keys_values = self.project(features, positions, self.query_count(length))
         else:
             rows = features.reshape(1, batch * length, -1)
-            q, *given = self.project(rows, positions, self.query_count(length))
+            q, *given = self.project(rows, positions.flatten(0, 1), self.query_count(length))
             keys_values = [t.unflatten(1, (batch, length))[0] for t in given]
         if latent := self.appended():
             pairs = zip(keys_values, latent, strict=True)
@@ -205,41 +206,42 @@ class Resampler(PositionedModule):
         return q, *keys_values
 
     def packed_positions(self, grids: Sequence[Grid]) -> Tensor | None:
-        """Positions of the keys of several images, ``[T, ...]``."""
+        """Return the positions of the keys of several images, ``[T, ...]``."""
         if not self.positioned:
             return None
         made = {grid: self.positions(grid) for grid in dict.fromkeys(grids)}
         return torch.cat([made[grid] for grid in grids])
 
     def positions(self, grid: Grid) -> Tensor:
-        """What is added to the keys of a grid, one row per token."""
+        """Return what is added to the keys of a grid, one row per token."""
         raise NotImplementedError
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, ...]:
-        """Queries ``[Q, H, d]``, keys and values ``[B, L, H, d]`` or packed ``[B, L, 2, H, d]``.
+        """Compute queries ``[Q, H, d]``, and keys and values ``[B, L, H, d]``.
 
-        ``queries`` says how many of them are wanted, ``None`` all.
+        Keys and values may also be one tensor ``[B, L, 2, H, d]``. ``queries`` is the number of
+        queries to return; ``None`` means all.
         """
         raise NotImplementedError
 
     def takes_apart(self) -> bool:
-        """Whether :meth:`resample` goes by :meth:`project`, attention and :meth:`finish`."""
+        """Return whether :meth:`resample` runs :meth:`project`, attention and :meth:`finish`."""
         return True
 
     def query_count(self, *lengths: int) -> int | None:
-        """How many queries images of these lengths have, ``None`` for all."""
+        """Return the number of queries for images of these lengths; ``None`` means all."""
         return None
 
     def appended(self) -> tuple[Tensor, ...] | None:
-        """Keys and values after those of the features, as :meth:`project`'s but without batch."""
+        """Return keys and values to append, shaped as by :meth:`project` but without the batch."""
         return None
 
     def finish(self, attended: Tensor) -> Tensor:
-        """Everything after the attention: ``[B, Q, H * d] -> [B, Q, D]``."""
+        """Compute everything after the attention: ``[B, Q, H * d] -> [B, Q, D]``."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """What the children do not show."""
+        """Return the settings that the children do not show."""
         return f"query_grid={self.query_grid}, num_heads={self.num_heads}, has_cls={self.has_cls}"

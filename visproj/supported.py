@@ -1,4 +1,4 @@
-"""The models whose projectors and resamplers are known, and what folding them saves."""
+"""The models whose projectors and resamplers are recognised, and what folding them saves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Supported(NamedTuple):
     """A released model.
 
     Attributes:
-        build: Its resampler with random weights.
+        build: Builds its resampler with random weights.
         grid: Rows and columns of the features of one image, without CLS.
         has_cls: Whether a CLS token comes before them.
         folded: Name of the folded class.
@@ -70,12 +70,12 @@ MODELS: dict[str, Supported] = {
 
 
 class Counted(NamedTuple):
-    """Multiply-adds of one image.
+    """Multiply-adds for one image.
 
     Attributes:
-        published: As its model computes it, converted but not folded.
-        folded: Folded.
-        form: In which form.
+        published: Multiply-adds of the converted module, which computes what its model computes.
+        folded: Multiply-adds of the folded module.
+        form: Form of the folded module, ``"keys"`` or ``"absorbed"``.
     """
 
     published: int
@@ -84,7 +84,7 @@ class Counted(NamedTuple):
 
 
 def count(model: Supported) -> Counted:
-    """Count what one image costs, without a number being computed."""
+    """Count the multiply-adds for one image on the meta device, without computing values."""
     with torch.device("meta"):
         resampler = model.build()
         tokens = math.prod(model.grid) + model.has_cls
@@ -100,7 +100,7 @@ def _multiply_adds(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def empty_config(model: Supported) -> dict[str, Any]:
-    """The configuration that :func:`visproj.fold` would write, scales aside."""
+    """Return the configuration that :func:`visproj.fold` would write, with placeholder scales."""
     with torch.device("meta"):
         resampler = model.build()
     heads, queries = resampler.num_heads, math.prod(resampler.query_grid)
@@ -131,7 +131,7 @@ def empty_config(model: Supported) -> dict[str, Any]:
 
 
 def describe_models() -> Iterator[str]:
-    """One line per model: what one image costs, and in which form it is folded."""
+    """Yield a table with one line per model: GMACs per image before and after folding, form."""
     yield "model                  GMACs per image   folded   times fewer   form"
     for name, model in MODELS.items():
         published, folded, form = count(model)

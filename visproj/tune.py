@@ -1,7 +1,7 @@
-"""Every configuration of the kernels timed beforehand, for what a projector will be called with.
+"""Autotuning of the kernels ahead of time, for the shapes that a projector will be called with.
 
-Kernels time their configurations at first use and remember the fastest in a file. In an initialised
-process group nothing is timed: its processes read that file. :func:`tune` fills it.
+A kernel times its configurations at first use and records the fastest in a file. In an initialised
+process group nothing is timed, and every process reads that file. :func:`tune` fills it beforehand.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float3
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """What the projectors will be called with.
+    """Projectors, shapes and dtypes to tune the kernels for.
 
     Attributes:
         kinds: Projectors, by the names that ``build_projector`` takes.
-        width: Of the vision features.
-        lang_dim: Width of the language model.
-        tokens: Visual tokens per image, without CLS.
-        has_cls: Whether each image has a CLS token besides.
-        queries: Side of a Perceiver's square of queries.
-        heads: Of a Perceiver and of the ViT projector's layer; ``None``: 128 wide in the former, 64
-            wide in the latter.
-        batches: Images per call.
-        dtypes: By name; under autocast, its dtype.
-        training: Whether to run the backward as well.
+        width: Width of the vision features.
+        lang_dim: Width of the language model's embeddings.
+        tokens: Visual tokens per image, without a CLS token.
+        has_cls: Whether each image also has a CLS token.
+        queries: Side of the Perceiver's square grid of queries.
+        heads: Attention heads of the Perceiver and of the ViT projector's layer; ``None`` makes
+            heads of width 128 in the Perceiver and 64 in the ViT projector.
+        batches: Numbers of images per call.
+        dtypes: Names of the projectors' dtypes, or of autocast's dtype.
+        training: Whether to also run the backward pass.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -67,12 +67,12 @@ class TuningOptions:
 
 
 class TuningReport(NamedTuple):
-    """What :func:`tune` has recorded.
+    """Result of :func:`tune`.
 
     Attributes:
-        file: Where choices are kept.
-        recorded: The new entries of the file: a kernel at a shape, and its configuration.
-        left_out: The calls in which something ran out of memory.
+        file: File that holds the fastest configurations.
+        recorded: New entries of the file: the configuration for each kernel and shape.
+        left_out: Calls that ran out of memory, themselves or in the timing of a kernel.
     """
 
     file: Path
@@ -81,20 +81,24 @@ class TuningReport(NamedTuple):
 
 
 def tune(options: TuningOptions, *, progress: Progress = SILENT) -> TuningReport:
-    """Call projectors on the current GPU: kernels time their configurations, and record the best.
+    """Call projectors on the current GPU, so that kernels time and record their configurations.
 
-    Each projector is called without gradients, folded, and for training with its backward, which
-    computes the gradient of the features too. What the file or this process knows already is not
-    timed again.
+    Each projector is called without gradients, then folded, then (with ``options.training``) with
+    its backward pass, which also computes the gradient of the features. Kernels and shapes that the
+    file or this process already knows are not timed again.
 
     Args:
-        options: What they are called with.
-        progress: Is told of every call.
+        options: Projectors, shapes and dtypes of the calls.
+        progress: Receives each call.
+
+    Returns:
+        The file, its new entries, and the calls that ran out of memory.
 
     Raises:
-        BackendError: If the kernels do not run here, or are interpreted.
-        InputError: If an option does not fit a projector, if this is one of several processes or in
-            a process group, with ``VISPROJ_AUTOTUNE=0``, and where there is no cache folder.
+        BackendError: If the kernels cannot run on this machine, or Triton interprets them.
+        InputError: If an option does not fit a projector, if this is one of several processes or a
+            process group is initialised, if ``VISPROJ_AUTOTUNE`` is 0, or if there is no cache
+            folder.
         OSError: If the file cannot be written.
     """
     device = tuning_device()
@@ -116,14 +120,14 @@ def render_tuning(report: TuningReport) -> Iterator[str]:
         yield f"{key}: {name}"
     for call in report.left_out:
         yield f"note: out of memory, not everything was timed: {call}"
-    yield f"{len(report.recorded)} newly recorded in {report.file}"
+    yield f"{len(report.recorded)} configurations newly recorded in {report.file}"
 
 
 def tuning_device() -> torch.device:
     """Return the current GPU.
 
     Raises:
-        BackendError: If the kernels do not run on it, or are interpreted.
+        BackendError: If the kernels cannot run on it, or Triton interprets them.
     """
     if not torch.cuda.is_available():
         raise BackendError("nothing can be timed here: there is no CUDA device")
@@ -134,25 +138,25 @@ def tuning_device() -> torch.device:
     if reason is None:
         from visproj.kernels.device import INTERPRETING
 
-        reason = "TRITON_INTERPRET is set" if INTERPRETING else None
+        reason = "TRITON_INTERPRET is set, unset it" if INTERPRETING else None
     if reason is not None:
         raise BackendError(f"nothing can be timed here: {reason}")
     return device
 
 
 def _writable_file() -> Path:
-    """Return the file that choices are recorded in, after writing it once as it is."""
+    """Return the file of configurations, rewritten once to check that it can be written."""
     from visproj.kernels.device import switched_on
     from visproj.kernels.tuning import cache_file, recorded
 
     if not switched_on("VISPROJ_AUTOTUNE"):
-        raise InputError("nothing is timed with VISPROJ_AUTOTUNE=0: leave it out")
+        raise InputError("nothing is timed with VISPROJ_AUTOTUNE=0: unset it")
     refuse_parallel("tuning")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise InputError("nothing is timed in a process group: tune before it is initialised")
+        raise InputError("nothing is timed in a process group: tune before initialising it")
     file = cache_file()
     if file is None:
-        raise InputError("there is no folder to record choices in: set VISPROJ_CACHE_DIR")
+        raise InputError("there is no folder to record configurations in: set VISPROJ_CACHE_DIR")
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
         write_json(partial, recorded(file))
@@ -162,7 +166,7 @@ def _writable_file() -> Path:
 def _tune_projector(
     kind: str, dtype: str, options: TuningOptions, device: torch.device, progress: Progress
 ) -> Iterator[str]:
-    """Make every call of one projector; yield those that ran out of memory."""
+    """Make all calls of one projector and yield those that ran out of memory."""
     projector = _build(kind, options).to(device, DTYPES[dtype])
     grid = {"grid": _grid(options.tokens)} if kind == "perceiver" else {}
     folded = projector.fold(**grid)
@@ -181,7 +185,7 @@ def _tune_projector(
 
 
 def _grid(tokens: int) -> tuple[int, int]:
-    """The most square one: every grid of so many tokens has the same shapes."""
+    """Return the most nearly square grid; tensor shapes depend only on the number of tokens."""
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
     return rows, tokens // rows
 
@@ -204,20 +208,20 @@ def _build(kind: str, options: TuningOptions) -> Any:
 
 
 def _train(projector: nn.Module, x: Tensor, **options: Any) -> None:
-    """Forward and backward, with gradients for the features as a trained encoder wants them."""
+    """Run a forward and a backward pass; the features get a gradient, as from a trained encoder."""
     out = projector(x.requires_grad_(), **options)
     wanted = [x, *(weight for weight in projector.parameters() if weight.requires_grad)]
     torch.autograd.grad(out, wanted, torch.randn_like(out))
 
 
 def _fits(call: Callable[[Tensor], object], shape: tuple[int, ...], **where: Any) -> bool:
-    """Make a call; whether neither it nor the timing in it ran out of memory."""
+    """Make a call and return whether it and the timing in it had enough memory."""
     before = _memory_errors()
     try:
         call(torch.randn(shape, **where))
     except torch.OutOfMemoryError:
         return False
-    return _memory_errors() == before  # where timing has no memory, kernels run untimed
+    return _memory_errors() == before  # a kernel whose timing runs out of memory is run untimed
 
 
 def _memory_errors() -> int:

@@ -1,4 +1,4 @@
-"""Projectors out of DeepSpeed-VisualChat checkpoints, and saved and loaded by themselves."""
+"""Loading of projectors from DeepSpeed-VisualChat checkpoints, and visproj's own save and load."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from visproj.projectors.description import build_described, check_described, des
 PREFIX = "projection."
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-# First parts of keys that a projector has by itself, and a checkpoint around one does not.
+# First parts of keys in a file with a projector alone, which a full checkpoint does not have.
 _OWN = {"vis_layer", "query", "kv_proj"}
 _PROJECTORS = (LinearProjector, ViTProjector, PerceiverProjector)
 
@@ -54,29 +54,29 @@ def load_visualchat_projector(
 ) -> nn.Module:
     """Build the projector that a DeepSpeed-VisualChat checkpoint holds under ``projection.*``.
 
-    Which of the three it is and its widths are read from the keys and shapes. Prefixes of wrappers
-    such as ``module.`` and ``_orig_mod.`` are left out. Only the projector's own tensors are read,
-    pickles by PyTorch's restricted unpickler, which runs no code.
+    The kind of projector and its widths are read from the keys and shapes. Prefixes of wrappers
+    such as ``module.`` and ``_orig_mod.`` are removed. Only the projector's own tensors are read.
+    Pickles are read by PyTorch's restricted unpickler, which runs no code.
 
     Args:
         path: ``pytorch_model.bin``, a ``.safetensors`` file, or a directory with one of them or
             with an index of shards.
-        vis_config: The vision encoder's configuration, which the ViT projector needs: heads,
-            activation and eps of its CLIP layer leave no trace in the weights.
-        num_heads: Heads of a Perceiver, ``max(1, D // 128)`` when ``None``, as upstream has it.
+        vis_config: The vision encoder's configuration. A ViT projector needs it, because heads,
+            activation and eps of its CLIP layer cannot be read from the weights.
+        num_heads: Heads of a Perceiver; upstream's ``max(1, D // 128)`` when ``None``.
 
     Returns:
         The projector on the CPU, in the checkpoint's dtype and in training mode.
 
     Warns:
-        UserWarning: If a Perceiver's ``pos_embed`` is missing, which DeepSpeed-VisualChat does not
-            save under ZeRO-3: the sine-cosine table is computed.
+        UserWarning: If a Perceiver's ``pos_embed`` is missing, because DeepSpeed-VisualChat does
+            not save it under ZeRO-3. The sine-cosine table is then computed.
 
     Raises:
         FileNotFoundError: If there is no such file or directory, or a shard is missing.
-        ValueError: If a file is damaged, or holds something else, such as a projector by itself;
-            or if the keys or shapes under ``projection.`` are not those of a projector. The
-            message says what was found.
+        ValueError: If a file is damaged, or holds something else, such as a projector alone; or if
+            the keys or shapes under ``projection.`` are not those of a projector. The message says
+            what was found.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``self.projection``.
     """
@@ -85,20 +85,20 @@ def load_visualchat_projector(
         if "query" in state and "pos_embed" not in state:
             state["pos_embed"] = _position_table(state)
             warnings.warn(
-                f"{path} has no {PREFIX}pos_embed, as DeepSpeed-VisualChat's checkpoints of ZeRO-3 "
-                "do not: the sine-cosine table was computed",
+                f"{path} has no {PREFIX}pos_embed, which DeepSpeed-VisualChat does not save under "
+                "ZeRO-3: the sine-cosine table was computed",
                 stacklevel=2,
             )
         with torch.device("meta"):
             projector = _build(state, vis_config, num_heads)
         projector.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path}, below {PREFIX[:-1]}: {error}") from error
+        raise InputError(f"{path}, under {PREFIX[:-1]}: {error}") from error
     return projector
 
 
 def _projection_state(path: Path) -> dict[str, Tensor]:
-    """The tensors under ``projection.``, copied out of their files."""
+    """Return copies of the tensors under ``projection.``."""
     if path.is_dir() and (found := folder_of_ours(path)):
         raise InputError(f"{path} is not a DeepSpeed-VisualChat checkpoint, it holds {found}")
     files = _find(path)
@@ -107,8 +107,8 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
     if tops != {PREFIX[:-1]} or True in ours:
         if PREFIX[:-1] in tops and True not in ours and bare_kind(files) is None:
             raise InputError(
-                f"{path} has keys below {PREFIX} and, beside them, those of a projector by itself "
-                f"({', '.join(sorted(tops - {PREFIX[:-1]}))}): remove the one or the other"
+                f"{path} has keys under {PREFIX} and also keys of a projector without this prefix "
+                f"({', '.join(sorted(tops - {PREFIX[:-1]}))}): remove one of the two"
             )
         lack = "" if tops else f": it has no keys that begin with {PREFIX!r}"
         raise InputError(
@@ -123,7 +123,7 @@ def _projection_state(path: Path) -> dict[str, Tensor]:
 
 
 def _find(path: Path) -> dict[str, TensorFile]:
-    """The file of every key that a projector may have, in a checkpoint or by itself."""
+    """Return the file of every key that a projector may have, in a checkpoint or alone."""
 
     def wanted(key: str) -> bool:
         return top_names([key]) <= {PREFIX[:-1], *_OWN}
@@ -135,14 +135,14 @@ def _find(path: Path) -> dict[str, TensorFile]:
 
 
 def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> nn.Module:
-    """The projector whose keys these are, with the widths that these tensors have."""
+    """Build the projector that has these keys, with the widths of these tensors."""
     if state.keys() & {"query", "kv_proj.weight"}:
         width, vis_dim = _matrix(state, "kv_proj.weight")
         _check_given(vis_config, vis_dim)
         grid = _query_grid(state)
         return PerceiverProjector(vis_dim, width, query_grid=grid, num_heads=num_heads)
     if num_heads is not None:
-        raise InputError("num_heads is a Perceiver's, which this projector is not")
+        raise InputError("num_heads applies only to a Perceiver, which this projector is not")
     if any(key.startswith("vis_layer.") for key in state):
         if vis_config is None:
             raise InputError(
@@ -156,20 +156,22 @@ def _build(state: dict[str, Tensor], vis_config: Any, num_heads: int | None) -> 
 
 
 def _check_given(vis_config: Any, vis_dim: int) -> None:
-    """Raise if a configuration that was given is of another encoder."""
+    """Raise if a configuration was given and its width is not the projector's."""
     if vis_config is not None and (given := vision_width(vis_config)) != vis_dim:
-        raise InputError(f"vis_config has a width of {given}, the projector of {vis_dim}")
+        raise InputError(
+            f"vis_config has a width of {given}, but the projector takes a width of {vis_dim}"
+        )
 
 
 def _query_grid(state: dict[str, Tensor]) -> Grid:
-    """The grid whose sine-cosine table ``pos_embed`` is; a square where it is none's or missing."""
+    """Return the grid whose sine-cosine table is ``pos_embed``; a square if there is none."""
     queries, width = _matrix(state, "query")
     side = math.isqrt(queries)
     table = state.get("pos_embed")
     if table is not None and table.shape == (queries, width) and width % 4 == 0:
         grids = [(n, queries // n) for n in range(1, queries + 1) if queries % n == 0]
         for grid in sorted(grids, key=lambda grid: abs(grid[0] - side)):
-            # Twice the rounding of the file's dtype: no two tables are as near as that.
+            # Twice the rounding error of the file's dtype: tables of two grids differ by more.
             with torch.device("cpu"):
                 known = sincos_position_table(width, grid)
             allowed = 2 * torch.finfo(table.dtype).eps
@@ -177,8 +179,8 @@ def _query_grid(state: dict[str, Tensor]) -> Grid:
                 return grid
     if side * side != queries:
         raise InputError(
-            f"{queries} queries lie on no square grid, and pos_embed is not the sine-cosine table "
-            "of another one"
+            f"{queries} queries form no square grid, and pos_embed is not the sine-cosine table of "
+            "another grid"
         )
     return side, side
 
@@ -190,26 +192,25 @@ def _position_table(state: dict[str, Tensor]) -> Tensor:
 
 def _matrix(state: dict[str, Tensor], key: str) -> tuple[int, int]:
     if key not in state or state[key].ndim != 2:
-        raise InputError(f"no matrix {key}; there are {', '.join(sorted(state))}")
+        raise InputError(f"there is no matrix {key}; the keys are {', '.join(sorted(state))}")
     rows, columns = state[key].shape
     return rows, columns
 
 
 def save_projector(projector: nn.Module, path: str | Path) -> None:
-    """Write a projector to a safetensors file, whole also where training splits it.
+    """Write a projector to a safetensors file, with whole weights even if training shards them.
 
-    The file's metadata describes the projector, so that :func:`load_projector` builds it again.
-    Parameters that DeepSpeed ZeRO-3 keeps in pieces are gathered, and FSDP2's DTensors put
-    together. Every process has to call this; the one of rank 0 writes, and the file is complete
-    once it returns there.
+    The file's metadata describes the projector, so that :func:`load_projector` can build it again.
+    Parameters that DeepSpeed ZeRO-3 or FSDP2 shards are gathered, so every process must call this
+    function. Rank 0 writes the file, which is complete when the function returns there.
 
     Args:
         projector: A projector, which may be compiled or wrapped in DDP or
-            :class:`visproj.PretrainedProjector`. Of any other module, and of a projector with
-            adapters or other replaced layers, the state dict alone is written:
-            ``load_state_dict(safetensors.torch.load_file(path))`` reads it, ``load_projector``
-            refuses it.
-        path: The file; what is there is replaced in one step.
+            :class:`visproj.PretrainedProjector`. For any other module, and for a projector with
+            adapters or other replaced layers, only the state dict is written: read it with
+            ``load_state_dict(safetensors.torch.load_file(path))``, because ``load_projector``
+            raises for it.
+        path: The file; an existing file is replaced in one step.
 
     Raises:
         OSError: If the file cannot be written.
@@ -237,8 +238,8 @@ def load_projector(
     Args:
         path: The file that :func:`save_projector` wrote, the directory of a
             :class:`visproj.PretrainedProjector`, or the ``OUT`` of ``visproj train`` around it.
-        device: Where to put it.
-        dtype: Floating dtype to cast to; ``None`` keeps what is stored.
+        device: The device of the projector.
+        dtype: Floating-point dtype to cast to; ``None`` keeps the stored dtype.
 
     Returns:
         The bare projector in eval mode, with the heads, eps and dropout that it was saved with.
@@ -292,8 +293,7 @@ def build_configured(
     """Build the projector that a :class:`visproj.PretrainedProjector`'s configuration describes."""
     if not isinstance(vision, Mapping):
         raise TypeError(
-            "vision must be the dictionary of an encoder's description, got "
-            f"{type(vision).__name__}"
+            f"vision must be a dictionary that describes an encoder, got {type(vision).__name__}"
         )
     options: dict[str, Any] = {} if query_grid is None else {"query_grid": tuple(query_grid)}
     if kind == "perceiver" and has_cls is not None:
@@ -302,13 +302,13 @@ def build_configured(
 
 
 def find_projector(path: Path) -> Path:
-    """The checkpoint's directory: ``path`` itself, or ``projector`` in what training left there."""
+    """Return the projector's directory: ``path``, or ``projector`` in a training run's folder."""
     inside = path / "projector"
     return inside if inside.is_dir() and not (path / CONFIG_NAME).exists() else path
 
 
 def check_folder(folder: Path) -> None:
-    """Raise unless there is the configuration of a projector, and a file of weights."""
+    """Raise unless ``folder`` holds the configuration of a projector, and its weights."""
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"the projector directory {folder} has no {CONFIG_NAME}")
     try:
@@ -333,11 +333,11 @@ def _description(file: TensorFile) -> dict[str, Any]:
 def load_file_into(
     module: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Give ``module`` the weights in ``file``, copied out of it.
+    """Load copies of the weights in ``file`` into ``module``.
 
     Raises:
-        InputError: If the file does not hold exactly the module's tensors, or says that they are
-            those of another projector.
+        InputError: If the file does not hold exactly the module's tensors, or its metadata
+            describes another projector.
     """
     if file.metadata.get("format") == PROJECTOR_FORMAT:
         check_described(module, _description(file), f"{file.path.name} holds")
@@ -363,7 +363,7 @@ def write_state(path: Path, module: nn.Module, state: Mapping[str, Tensor]) -> N
 def whole_state(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield a module's state dict with whole tensors, also under ZeRO-3 and FSDP2.
 
-    Every process has to enter it.
+    Every process must enter this context.
 
     Raises:
         InputError: If a tensor cannot be written: it is not floating point, or has no data.
@@ -373,12 +373,12 @@ def whole_state(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         for key, tensor in state.items():
             parse_dtype(tensor.dtype)
             if tensor.is_meta:
-                raise InputError(f"{key} is on the device meta and has no numbers to write")
+                raise InputError(f"{key} is on the device meta and has no values to write")
         yield state
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The projector inside ``torch.compile``, DDP or ``PretrainedProjector``, or ``module``."""
+    """Return the projector inside ``torch.compile``, DDP or ``PretrainedProjector``, or itself."""
     inner: Any = module
     while not isinstance(inner, (*_PROJECTORS, FoldedProjector)):
         children = dict(inner.named_children())
@@ -389,7 +389,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def refuse_folded(function: str, projector: nn.Module) -> None:
-    """Raise ``TypeError`` for a folded projector, which has a format of its own."""
+    """Raise ``TypeError`` for a folded projector, which has its own file format."""
     if isinstance(projector, FoldedProjector):
         raise TypeError(
             f"{function} does not take a {type(projector).__name__}: use its own save(path)"
@@ -402,7 +402,7 @@ def _rank() -> int:
 
 
 def _gathered(module: nn.Module) -> AbstractContextManager[Any]:
-    """Where parameters of ZeRO-3 are whole, and any others as they are."""
+    """Return a context in which parameters that ZeRO-3 partitioned are whole."""
     partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
@@ -412,5 +412,5 @@ def _gathered(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _whole(tensor: Any) -> Tensor:
-    """All of a DTensor, and any other tensor as it is."""
+    """Return the whole tensor of a DTensor, and any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

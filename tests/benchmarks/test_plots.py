@@ -72,7 +72,7 @@ def test_what_is_not_shown_is_said(drawn):
     assert names == ["memory_perceiver", *(f"memory_perceiver_{i}" for i in (2, 3, 4))]
     assert sum(len(bars(figures[name])) for name in names) == 240
     for name in names:
-        assert "of 270; those beyond are only in results.csv" in title(figures[name])
+        assert "of 270; the others are only in results.csv" in title(figures[name])
 
 
 def test_colours_have_a_legend(drawn):
@@ -94,7 +94,7 @@ def test_above_100_percent_is_marked(drawn):
     figure = drawn(rows(9, shares=(0.5, 0.9, 1.5)))["share_of_floor_perceiver"]
     hatched = [bar.get_width() for bar in bars(figure) if bar.get_hatch()]
     assert hatched == [150.0] * 3
-    assert "above 100 %: the measured floor is not a bound there" in legend(figure)
+    assert "above 100 %: the measured floor is not a lower bound there" in legend(figure)
     figure = drawn(rows(9))["share_of_floor_perceiver"]
     assert legend(figure) == ["upstream", "fair", "visproj", "floor"]
     assert not any(bar.get_hatch() for bar in bars(figure))

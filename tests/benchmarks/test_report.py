@@ -102,10 +102,10 @@ def test_compare(monkeypatch, tmp_path, capsys):
     told = [line for line in out.splitlines() if line.startswith("| linear_layer_norm")]
     assert [line.split(" | ")[1] for line in told] == ["visproj"] * 3
     assert all("| +20.0% |" in line for line in told)
-    assert "Its own times differ by +0.0% (+0.0% to +0.0%)" in out
+    assert "own times differ by +0.0% (+0.0% to +0.0%)" in out
     assert "## Changes" in (tmp_path / "new" / "report.md").read_text()
     run(tmp_path / "same", "--from-csv", str(path), "--compare", str(path))
-    assert "No row changed beyond its spread." in capsys.readouterr().out
+    assert "No row changed by more than its spread." in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_no_rows_in_common(monkeypatch, tmp_path, capsys):
     path = str(tmp_path / "results.csv")
     run(tmp_path / "new", "--from-csv", path, "--compare", str(tmp_path / "old.csv"))
     out = capsys.readouterr().out
-    assert "Against commit unknown on unknown, another device than" in out
+    assert "Compared with commit unknown on unknown, another device than" in out
     assert "0 rows were timed in both runs." in out
     assert "No row changed" not in out
 

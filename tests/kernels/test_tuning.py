@@ -328,7 +328,7 @@ def test_a_choice_that_fails_is_passed_over(gpu, timing, caplog):
     for _ in range(2):
         got = tuning.choose("kernel", (256,), (SLOW, FAST), failing([SLOW]), LIKE)
         assert got == (FAST, True)
-    message = f"passed over {SLOW} of kernel: failed with the configuration {SLOW}"
+    message = f"skipped {SLOW} for the kernel kernel: failed with the configuration {SLOW}"
     assert caplog.messages == [message]
 
 
@@ -343,9 +343,9 @@ def test_a_choice_that_runs_out_of_memory_is_passed_over(gpu, timing, caplog):
     prepare = failing([SLOW, tuning.LIBRARY], torch.OutOfMemoryError)
     for _ in range(2):
         assert tuning.choose("kernel", (256,), choices, prepare, LIKE) == (FAST, True)
-    assert [message.split(" of ")[0] for message in caplog.messages] == [
-        f"passed over {SLOW}",
-        "passed over PyTorch",
+    assert [message.split(" for ")[0] for message in caplog.messages] == [
+        f"skipped {SLOW}",
+        "skipped PyTorch",
     ]
     # If none fits, nothing is remembered, and the call itself raises.
     prepare = failing([SLOW, FAST], torch.OutOfMemoryError)

@@ -61,7 +61,7 @@ def no_such_directory(source):
 
 
 def no_network(source):
-    return ["nobody/nothing"], "the model hub did not give config.json of a model of that name (No"
+    return ["nobody/nothing"], "config.json of a model of that name could not be downloaded from"
 
 
 def revision_of_a_directory(source):

@@ -207,7 +207,7 @@ class Trap:
         return os.mkdir, ("trap",)
 
 
-@case(r"holds pickled objects that are not tensors.*refused, nothing in it", formats=["bin"])
+@case(r"holds pickled objects that are not tensors.*not loaded, and nothing in it", formats=["bin"])
 def bin_that_runs_code(folder, format):
     torch.save({**visual_tensors(), "extra": Trap()}, shard(folder, format))
 
@@ -353,7 +353,7 @@ def visual_block_of_another_width(folder, format):
     change_block(folder, {"mlp_ratio": 4.0})
 
 
-@case(r"cannot tell the architecture without conv1\.weight")
+@case(r"cannot determine the architecture without conv1\.weight")
 def neither_block_nor_first_tensor(folder, format):
     reload_state(folder, format, lambda s: s.pop(f"{PREFIX}conv1.weight"), block=None)
 

@@ -155,7 +155,7 @@ def test_encoder_of_another_architecture(tmp_path, block):
 def test_encoder_with_other_heads(tmp_path):
     """Shapes do not tell the heads: only a checkpoint that states them can be contradicted."""
     encoder = trained_encoder(tmp_path / "encoder", replace(CONFIG, heads=4))
-    with pytest.raises(ValueError, match="the encoder has 4 heads, the checkpoint's 16"):
+    with pytest.raises(ValueError, match=r"the encoder has 4 heads, but .* encoder has 16"):
         merge_into(write_checkpoint(tmp_path / "full"), encoder, tmp_path / "merged")
     assumed = write_checkpoint(tmp_path / "assumed", block=None)
     merge_into(assumed, encoder, tmp_path / "merged")

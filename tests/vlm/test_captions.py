@@ -93,7 +93,7 @@ FAULTS = {
     "not JSON": ("{'image': 'a.png'}", r"not JSON \("),
     "no image": ('{"captions": ["x"]}', "it has a caption and no image"),
     "no captions": ('{"image": "a.png"}', "it has no column with texts: it has image"),
-    "blank": ('{"image": "a.png", "caption": " "}', "its caption is ' ', not a text, or blank"),
+    "blank": ('{"image": "a.png", "caption": " "}', "its caption is ' ', expected a text "),
     "missing": ('{"image": "b.png", "caption": "x"}', r"no such image: .*b\.png"),
 }
 

@@ -129,7 +129,7 @@ def test_answer_is_streamed(loaded, out, tmp_path, images):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": []}, "there is no image to chat about"),
+        ({"images": []}, "there is neither an image nor a prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     ],
 )
@@ -217,11 +217,11 @@ def too_many_placeholders(out, photo):
     return [
         "--prompt",
         "<image> <image>",
-    ], "<image> is in the prompt 2 times, the number of images is 1"
+    ], "the prompt has 2 of <image> for 1 images: "
 
 
 def picture_in_no_folder(out, photo):
-    message = f"no such folder for the picture of the attention: {out / 'none'}"
+    message = f"no such folder for the attention picture: {out / 'none'}"
     return ["--attention", out / "none" / "a.png"], message
 
 
@@ -231,11 +231,11 @@ def picture_that_is_a_folder(out, photo):
 
 
 def picture_that_is_no_png(out, photo):
-    return ["--attention", out / "a.txt"], "call it .png, not a.txt"
+    return ["--attention", out / "a.txt"], "must be a .png file, got a.txt"
 
 
 def attention_over_two_images(out, photo):
-    return ["--image", photo, "--attention", out / "a.png"], "over one image, not over 2"
+    return ["--image", photo, "--attention", out / "a.png"], "over exactly one image, got 2"
 
 
 def unknown_backend(out, photo):
@@ -276,7 +276,7 @@ def test_folder_without_permission(loaded, run, monkeypatch, out, photo):
     arguments = ["--projector", out, "--image", photo, "--attention", out / "a.png"]
     status, _, stderr = run(*arguments)
     assert status == 1
-    assert stderr == f"error: the picture of the attention cannot be written: {out / 'a.png'}\n"
+    assert stderr == f"error: the attention picture cannot be written: {out / 'a.png'}\n"
 
 
 def test_triton_where_it_cannot_run(loaded, run, monkeypatch, out, photo):
@@ -294,7 +294,7 @@ def test_language_model_of_another_width(loaded, run, monkeypatch, out, photo):
     monkeypatch.setattr(trained, "load_language_model", lambda name: models)
     status, stdout, stderr = run("--projector", out, "--image", photo)
     assert (status, stdout) == (1, "")
-    assert "tokens are 64 wide, the language model's embeddings 32" in stderr
+    assert "tokens have width 64, but the language model's embeddings have width 32" in stderr
 
 
 def saved(folder):
@@ -426,7 +426,7 @@ def test_model_without_attention_weights(monkeypatch):
         "forward",
         lambda **options: forward(**{**options, "output_attentions": False}),
     )
-    with pytest.raises(ValueError, match="gives no attention weights"):
+    with pytest.raises(ValueError, match="returns no attention weights"):
         attention_to_patches(model, model.features([tiny_photograph()]), PROMPT, [5])
 
 

@@ -30,7 +30,7 @@ def test_images_of_different_lengths():
     [
         ([], "empty list"),
         ([torch.ones(2, WIDTH), torch.ones(2)], r"visual_tokens\[1\] must be \[K, D\]"),
-        ([torch.ones(2, WIDTH), torch.ones(2, 5)], r"visual_tokens\[1\] are 5 wide"),
+        ([torch.ones(2, WIDTH), torch.ones(2, 5)], r"visual_tokens\[1\] has width 5"),
         ([torch.ones(2, WIDTH)], "adds up to 2"),
     ],
 )
@@ -191,7 +191,7 @@ def test_the_side_that_the_mask_shows_is_kept(case, dtype):
     given = torch.randn(3, 4, WIDTH), ids, torch.randn(int(counts.sum()), 2, WIDTH), counts, IMAGE
     options = {"attention_mask": mask, "labels": ids, "pad_to_multiple_of": 8}
     if side is None:
-        with pytest.raises(InputError, match="on the left and on the right: say padding_side"):
+        with pytest.raises(InputError, match="on the left and on the right: pass padding_side"):
             insert_visual_tokens(*given, **options)
         side = "left"
         got = insert_visual_tokens(*given, padding_side=side, **options)
@@ -278,7 +278,7 @@ BAD = {
     ),
     "width": (
         ValueError,
-        "visual_tokens are 5 wide, text_embeds 3",
+        "visual_tokens have width 5, but text_embeds have width 3",
         {"images": torch.zeros(3, 2, 5)},
     ),
     "rank": (ValueError, "visual_tokens must have 3 dimensions", {"images": torch.zeros(3, 3)}),

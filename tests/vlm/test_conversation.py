@@ -286,12 +286,12 @@ def test_full():
     model = tiny_model().eval()
     model.language_model.config.max_position_embeddings = 60
     talk = Conversation(model)
-    with pytest.raises(InputError, match="do not fit into the 60") as raised:
+    with pytest.raises(InputError, match=r"do not fit into .* context of 60 tokens") as raised:
         talk.ask("this", photographs()[0][:1], max_new_tokens=60)
     assert not isinstance(raised.value, ConversationFullError)
     answer = talk.ask("this", photographs()[0][:1], max_new_tokens=LONGEST)
     kept, seen = talk.tokens, len(model.encoder.batches)
-    with pytest.raises(ConversationFullError, match=r"is full: .* do not fit into the 60"):
+    with pytest.raises(ConversationFullError, match=r"is full: .* context of 60 tokens"):
         talk.ask("this", photographs()[0][:1], max_new_tokens=LONGEST)
     assert talk.tokens == kept
     assert len(model.encoder.batches) == seen  # refused before an image is encoded
@@ -303,8 +303,8 @@ def test_what_cannot_be_asked():
     talk = Conversation(tiny_model(template=None).eval())
     image = tiny_photograph()
     for arguments, message in [
-        (("<image> <image>", [image]), "<image> is in the prompt 2 times, the number of images is"),
-        (("<image>",), "is in the prompt 1 times, the number of images is 0"),
+        (("<image> <image>", [image]), "the prompt has 2 of <image> for 1 images: write one"),
+        (("<image>",), "the prompt has 1 of <image> for 0 images: write one per image"),
         (("a", image), "images must be a list of images"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -370,7 +370,7 @@ def test_lines_of_a_conversation(run):
     assert status == 0
     assert stdout == talked(("a <image> b <image>", 0, 1), ("red?",))
     assert stderr == (
-        "photo 0.png is shown with the next question\nphoto 1.png is shown with the next question\n"
+        "photo 0.png is added to the next question\nphoto 1.png is added to the next question\n"
     )
 
 
@@ -386,7 +386,7 @@ def test_a_prompt_without_an_image_is_one_question(run):
     assert run(["b"], "--prompt", "a") == (0, talked(("a",)), "")
     status, _, stderr = run([], "--prompt", "a <image>")
     assert (status, stderr.count("\n")) == (1, 1)
-    assert "<image> is in the prompt 1 times, the number of images is 0" in stderr
+    assert "the prompt has 1 of <image> for 0 images: " in stderr
 
 
 @pytest.mark.parametrize("lines", [[], ["/quit", "a"], ["", "  "]], ids=str)
@@ -407,7 +407,7 @@ def test_other_commands(run):
         "unknown command /images: /help lists the commands",
         "/image needs a file: /image PATH",
         "unknown command /: /help lists the commands",
-        "photo 0.png is shown with the next question",
+        "photo 0.png is added to the next question",
         "the conversation and its images are forgotten",
     ]
 
@@ -428,7 +428,7 @@ def test_images_stay_where_a_question_fails(run):
     lines = ["/image photo 0.png", "<image> <image>", "a"]
     status, stdout, stderr = run(lines)
     assert (status, stdout) == (0, talked(("a", 0)))
-    assert "<image> is in the prompt 2 times, the number of images is 1\n" in stderr
+    assert "the prompt has 2 of <image> for 1 images: " in stderr
 
 
 def test_full_conversation_goes_on_when_it_is_cleared(run, loaded):
@@ -438,7 +438,7 @@ def test_full_conversation_goes_on_when_it_is_cleared(run, loaded):
     assert (status, stdout) == (0, talked((question,)) * 2)
     full, cleared, too_long = stderr.splitlines()
     assert full.startswith("the conversation is full: ")
-    assert full.endswith("; /clear begins a new one")
+    assert full.endswith("; /clear begins a new conversation")
     assert "forgotten" in cleared
     assert "full" in too_long
 
@@ -458,7 +458,7 @@ def test_interrupt_ends_an_answer(run, monkeypatch):
     begun = "".join(stop.pieces)
     first, both = talked(("a",)), talked(("a",), ("b", 0))
     assert (status, stdout) == (0, f"{first}{begun}\n{both[len(first) :]}")
-    assert stderr.endswith("stopped: the question and what was answered are forgotten\n")
+    assert stderr.endswith("stopped: the question and its partial answer are forgotten\n")
 
 
 class Terminal(io.StringIO):
@@ -489,6 +489,6 @@ def test_attention_of_a_conversation_is_refused(run, monkeypatch):
     monkeypatch.setattr(trained, "load_encoder", lambda name: pytest.fail("loaded"))
     status, stdout, stderr = run([], "--attention", "a.png")
     assert (status, stdout) == (1, "")
-    assert stderr == ("error: the attention is drawn for one answer, not for a conversation\n")
+    assert stderr == "error: attention is not drawn in a conversation: leave out --attention\n"
     status, _, stderr = run([], "--attention", "a.png", "--prompt", "a")
-    assert stderr == "error: the attention is drawn over one image, not over 0\n"
+    assert stderr == "error: attention is drawn over exactly one image, got 0\n"

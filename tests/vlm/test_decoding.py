@@ -47,11 +47,11 @@ KINDS = {
     ),
 }
 REFUSED = {
-    "bidirectional": ("BertLMHeadModel", {**LLAMA}, "is not causal: a token changes what is"),
+    "bidirectional": ("BertLMHeadModel", {**LLAMA}, "is not causal: a token changes the"),
     "positions from 2": (
         "RobertaForCausalLM",
         {**BERT, "pad_token_id": 1},
-        "generates something else than its forward pass predicts",
+        "and its forward pass give different logits",
     ),
     "encoder and decoder": (
         "T5ForConditionalGeneration",
@@ -169,8 +169,8 @@ def test_a_context_that_is_too_short(case):
     prompt = "a cat?"
     used = 17 - 1 + len(model.prompt_ids(prompt))
     room = 48 - used + 1  # the last token is written, not read
-    message = f"^{used} tokens of images and prompt and up to {room + 1} of an answer do not fit "
-    message += f"into the 48 that .* reads: there is room for an answer of {room}$"
+    message = f"^{used} tokens of images and prompt and an answer of up to {room + 1} do not fit "
+    message += f"into .* context of 48 tokens: the answer may have up to {room}$"
 
     fits, long = "c" * (room - 1), "c" * room
     seen = model.read(features, [prompt])
@@ -186,7 +186,7 @@ def test_a_context_that_is_too_short(case):
     ):
         with pytest.raises(InputError, match=message):
             model.generate([image], [prompt], **options)
-    with pytest.raises(InputError, match=r"up to 1 of an answer do not fit .* not even without"):
+    with pytest.raises(InputError, match=r"an answer of up to 1 do not fit .* alone is too long"):
         model.read(features, ["c" * 48])
 
 

@@ -107,10 +107,10 @@ class Accelerator:
 
 def test_an_engine_that_is_not_used(monkeypatch, tmp_path):
     check_engine(Accelerator, SETTINGS)
-    with pytest.raises(InputError, match=r"DEEPSPEED was asked for .* runs MULTI_CPU on cpu"):
+    with pytest.raises(InputError, match=r"DEEPSPEED was requested .* runs MULTI_CPU on cpu"):
         check_engine(Accelerator, replace(SETTINGS, deepspeed=tmp_path / "zero3.json"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP was asked for and is not used"):
+    with pytest.raises(InputError, match="FSDP was requested but is not used"):
         check_engine(Accelerator, SETTINGS)
     monkeypatch.setattr(Accelerator.distributed_type, "name", "FSDP")
     check_engine(Accelerator, SETTINGS)

@@ -113,7 +113,7 @@ def test_answer_attention_figure_says_what_it_leaves_out(photo):
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["photograph", *words[:12]]
     assert "The first 12 of 30 words." in figure.get_supxlabel()
-    assert "the vit projector makes one a patch" in figure.get_supxlabel()
+    assert "the vit projector makes one per patch" in figure.get_supxlabel()
     figure = answer_attention_figure(photo, words[29:], weights[29:], (4, 4), "vit", "a.jpg")
     assert figure.axes[1].get_title() == "w" * 19 + "…"
 

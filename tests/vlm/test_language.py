@@ -148,7 +148,7 @@ except RuntimeError:
 try:
     find_gguf()
 except ConnectionError as error:
-    print(str(error)[:34])
+    print(str(error)[:36])
 language._fetch = lambda target: target.write_bytes(b"GGUF")
 print(find_gguf().parent.parent == pathlib.Path(tempfile.gettempdir()), find_gguf().is_file())
 print(find_gguf().parent)
@@ -178,6 +178,6 @@ def test_without_a_home_directory(tmp_path):
     assert done.returncode == 0, done.stderr
     home, refused, found, folder, loaded = done.stdout.splitlines()
     assert (home, found) == ("no home", "True True")
-    assert refused == "cannot fetch SmolLM2's vocabulary,"
+    assert refused == "cannot download SmolLM2's GGUF file:"
     assert loaded == f"LlamaForCausalLM {len(tiny_tokenizer())}"
     assert not Path(folder).exists()

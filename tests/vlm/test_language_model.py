@@ -84,7 +84,7 @@ DAMAGED = {
     "a layer less": (without("layers.1."), "lacks 9 weights, such as model.layers.1"),
     "other shapes": (
         configure(hidden_size=32),
-        "has lm_head.weight in another shape than its configuration says",
+        "has a weight lm_head.weight whose shape does not match its configuration",
     ),
     "no tokenizer": (
         removed("tokenizer.json", "tokenizer_config.json"),

@@ -134,7 +134,7 @@ def test_samples_that_are_all_damaged(tmp_path, encode, count):
     folder = write_captions(tmp_path / "a", count)
     data = samples(folder, encode, Views(2, training_view))
     damage(folder, *range(count))
-    message = f"^no image of {min(count, TRIES)} samples in a row can be read: .*line 1: cannot"
+    message = f"^cannot read the images of {min(count, TRIES)} samples in a row: .*line 1: cannot"
     with pytest.raises(InputError, match=message):
         data[0]
 
@@ -373,7 +373,7 @@ BAD = {
     "no answer": ({"png": png(9), "json": {"question": "a"}}, "it has no answer"),
     "no image of a conversation": (
         {"json": {"conversations": CONVERSATION}},
-        "1 of <image> in the text of 0 images",
+        "1 <image> placeholders in the text of 0 images",
     ),
 }
 

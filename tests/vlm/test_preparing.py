@@ -422,14 +422,14 @@ FAULTS = {
     "a long path": (caption(image="a" * 300), "File name too long|no such image"),
     "a number": (caption(image=3), "its image is 3, not a path"),
     "true": (caption(image=True), "its image is True, not a path"),
-    "blank": (caption(" "), "its caption is ' ', not a text, or blank"),
+    "blank": (caption(" "), "its caption is ' ', expected a text "),
     "only an end": (caption("<|end|>"), "an answer has no tokens"),
-    "an image too few": (dialogue("<image>", "b"), "1 of <image> in the text of 0 images"),
+    "an image too few": (dialogue("<image>", "b"), "1 <image> placeholders in the text of 0"),
     "an image too many": (
         dialogue("<image> and <image>", "b", image="a.png"),
-        "2 of <image> in the text of 1 images",
+        "2 <image> placeholders in the text of 1 images",
     ),
-    "no answer": ({"question": "a", "reply": "b"}, "it has no answer: it has question, reply"),
+    "no answer": ({"question": "a", "reply": "b"}, "it has no answer, only question, reply"),
 }
 
 

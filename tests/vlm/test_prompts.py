@@ -109,11 +109,11 @@ def test_a_system_turn_of_the_templates_own():
 
 
 REFUSED = {
-    "drops": ("{{ 'hello' }}", "it makes 'hello' of 'red <image> dog'"),
-    "strips": ("{{ messages[0]['content'] | replace('<image>', '') }}", "it makes 'red  dog' of"),
-    "escapes": ("{{ messages[0]['content'] | e }}", "it makes 'red &lt;image&gt; dog' of"),
-    "doubles": ("{{ messages[0]['content'] * 2 }}", "it makes 'red <image> dogred <image> dog' of"),
-    "adds one": ("<image>{{ messages[0]['content'] }}", "it makes '<image>red <image> dog' of"),
+    "drops": ("{{ 'hello' }}", "it renders 'red <image> dog' as 'hello'"),
+    "strips": ("{{ messages[0]['content'] | replace('<image>', '') }}", "as 'red  dog'"),
+    "escapes": ("{{ messages[0]['content'] | e }}", "as 'red &lt;image&gt; dog'"),
+    "doubles": ("{{ messages[0]['content'] * 2 }}", "as 'red <image> dogred <image> dog'"),
+    "adds one": ("<image>{{ messages[0]['content'] }}", "as '<image>red <image> dog'"),
     "raises": ("{{ raise_exception('a system turn first') }}", "a system turn first"),
     "is damaged": ("{% for %}", "cannot be used: "),
 }
@@ -173,7 +173,7 @@ def test_a_tokenizer_without_a_chat_template_attribute():
 
 
 def test_a_tokenizer_that_does_not_know_the_words():
-    with pytest.raises(InputError, match="it does not know the words of a prompt"):
+    with pytest.raises(InputError, match="it cannot encode the words of a prompt"):
         assemble(words(vocabulary=("one", "two")))
 
 

@@ -5,8 +5,7 @@ from io import StringIO
 from rich.console import Console
 from vlm.training_models import REPORT
 
-from visproj.vlm.report import render_report
-from visproj.vlm.training import peak_mib
+from visproj.vlm.report import peak_mib, render_report
 
 
 def rendered(report):
@@ -23,9 +22,9 @@ def test_the_printed_report():
         "trained parameters, dtype 2,240, float32 ",
         "untrained 4.000 ",
         "trained 1.000 (-75.0 %) ",
-        "best of 6 captions is the photograph's own 75.0 % ",
+        "best of 6 captions is their own 75.0 % ",
         "permuted 25.0 % ",
-        "by chance 12.5 to 50.0 % ",
+        "by chance, 95 % interval 12.5 to 50.0 % ",
         "peak memory 1234 MiB",
         "2.0 minutes: loading 1 s, reading 20 s, training 90 s, scoring 9 s",
     ):
@@ -37,7 +36,7 @@ def test_what_was_not_measured():
     bare = replace(REPORT, samples=None, untrained_loss=None, trained_loss=None, retrieval=None)
     text = rendered(bare)
     assert "optimiser steps a stream, 6" in text
-    assert "loss of held-out answers none are held out" in text
+    assert "loss per token of the answers no samples are held out" in text
     assert "captions" not in text
 
 

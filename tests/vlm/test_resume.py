@@ -132,7 +132,7 @@ def test_more_epochs(whole, models, tmp_path):
     report = run_training(replace(chosen, resume=True), replace(SETTINGS, epochs=3))
     assert report.steps == 6
     assert [int(row["step"]) for row in table(chosen.out) if row["loss"]] == list(range(1, 7))
-    with pytest.raises(InputError, match=r"the run in .* has epochs 3, and this one 2"):
+    with pytest.raises(InputError, match=r"the run in .* has epochs 3, but this one has 2"):
         run_training(replace(chosen, resume=True), SETTINGS)
 
 
@@ -161,7 +161,7 @@ def test_a_finished_run_is_left_as_it_is(whole, models, tmp_path):
 def test_another_run(whole, models, changes, settings, name):
     out, data, _ = whole["baseline"]
     before = (out / "run.json").read_text()
-    with pytest.raises(InputError, match=f"the run in .* has {name} .*, and this one"):
+    with pytest.raises(InputError, match=f"the run in .* has {name} .*, but this one has"):
         run_training(options(out, data, resume=True, **changes), replace(SETTINGS, **settings))
     assert (out / "run.json").read_text() == before
 

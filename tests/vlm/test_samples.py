@@ -81,32 +81,32 @@ def test_rows_in_one_form(row, questions, answers):
 FAULTS = {
     "a blank caption": (
         {**IMAGE, "caption": " \t"},
-        r"its caption is ' \\t', not a text, or blank",
+        r"its caption is ' \\t', expected a text that is not blank",
     ),
     "an empty caption": ({**IMAGE, "caption": ""}, "its caption is ''"),
     "a blank one of several": ({**IMAGE, "captions": ["x", ""]}, "its caption is ''"),
-    "a number": ({**IMAGE, "captions": ["x", 1]}, "its caption is 1, not a text"),
+    "a number": ({**IMAGE, "captions": ["x", 1]}, "its caption is 1, expected a text"),
     "no captions": ({**IMAGE, "captions": []}, "its list of captions is empty"),
     "null": ({**IMAGE, "captions": None}, "it has no captions"),
     "a placeholder": ({**IMAGE, "caption": "an <image>"}, "its caption 'an <image>' has <image>"),
-    "half a pair": ({**IMAGE, "caption": "\ud83d"}, r"'\\ud83d' has half a surrogate pair"),
+    "half a pair": ({**IMAGE, "caption": "\ud83d"}, r"'\\ud83d' has an unpaired surrogate"),
     "a caption of nothing": ({"caption": "a"}, "it has a caption and no image"),
     "a caption of no images": ({"images": [], "caption": "a"}, "it has a caption and no image"),
     "a blank question": ({"question": "", "answer": "a"}, "its question is ''"),
     "a blank answer": ({"question": "a", "answer": " "}, "its answer is ' '"),
-    "answers in objects": ({"question": "a", "answers": [{"answer": "b"}]}, "not a text"),
+    "answers in objects": ({"question": "a", "answers": [{"answer": "b"}]}, "expected a text"),
     "a blank turn": ({"conversations": turns("a", " ")}, "its turn 2 is ' '"),
     "a turn without text": ({"conversations": [{"from": "human"}]}, "turn 1 .* has no text"),
     "an image in an answer": ({"conversations": turns("a", "<image>")}, "its turn 2 '<image>' has"),
     "an answer first": (
         {"conversations": turns("a", "b")[::-1]},
-        "turn 1 of the conversation is from 'gpt', out of turn",
+        "turn 1 of the conversation is from 'gpt', expected human or user",
     ),
     "two questions": (
         {"conversations": turns("a", "b", names=("human", "human"))},
-        "turn 2 of the conversation is from 'human', out of turn",
+        "turn 2 of the conversation is from 'human', expected gpt or assistant",
     ),
-    "a stranger": ({"conversations": turns("a", names=("bing", ""))}, "is from 'bing', out of"),
+    "a stranger": ({"conversations": turns("a", names=("bing", ""))}, "is from 'bing', expected"),
     "a turn of text": ({"conversations": ["a"]}, "turn 1 of the conversation is 'a', not an obj"),
     "a text": ({"conversations": "a"}, "its conversation is 'a', not a list"),
     "no turns": ({"conversations": []}, "the conversation has no questions"),
@@ -190,7 +190,7 @@ def test_what_is_longer_is_cut_at_its_end(model):
         assert len(whole.ids) == len(found.ids) + 8 - room  # the end of text is the eighth
         assert cut == (room < 8)
         assert [row[: len(found.ids)] for row in whole] == list(found)
-    with pytest.raises(InputError, match=f"images and questions leave no room in {start} tokens"):
+    with pytest.raises(InputError, match=f"leave no room for an answer in {start} tokens"):
         shortened(model, start, ["c"])
 
 

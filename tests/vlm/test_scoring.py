@@ -108,7 +108,7 @@ def test_progress_counts_views(model, views):
 
 
 def test_photographs_and_captions_have_to_be_as_many(model, views):
-    with pytest.raises(InputError, match="views of 3 photographs, captions of 2"):
+    with pytest.raises(InputError, match="views of 3 photographs and captions of 2"):
         caption_scores(model, views, CAPTIONS[:2], PROMPT)
     with pytest.raises(InputError, match="captions of a photograph must be a list of texts"):
         caption_scores(model, views, ["a cat", *CAPTIONS[1:]], PROMPT)

@@ -273,7 +273,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        ConnectionError, match=r"^no file or folder a/b, .*\(no network\)\. .*JSONL"
+        ConnectionError, match=r"^a/b is not a local file .*\(no network\)\. .*JSONL"
     ):
         open_source("a/b")
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """The commands; typer itself would turn Ctrl-C into an exit status without a word."""
+    """Command group that prints a line after Ctrl-C; typer would only set the exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -69,27 +69,32 @@ def visproj(
 def demo(
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="A photograph; repeat for more. Default: two of scikit-learn's."),
+        typer.Option(help="Image file (may be repeated). Default: scikit-learn's two photographs."),
     ] = None,
     kind: Annotated[
-        list[Kind] | None, typer.Option(help="A projector; repeat for more. Default: all.")
+        list[Kind] | None, typer.Option(help="Projector to run (may be repeated). Default: all.")
     ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A CLIP, SigLIP or DINOv2 model for transformers. Default: one without a hub.",
+            help="CLIP, SigLIP or DINOv2 model: a directory or a name on the hub. Default: an "
+            "encoder that needs no hub.",
         ),
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="Text beside each image; `<image>` in it places the image.")
+        str,
+        typer.Option(
+            help="Prompt for each image. `<image>` marks the place of the image, which comes first "
+            "without it."
+        ),
     ] = "Describe the photograph.",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("visproj-demo"),
     seed: Annotated[
         int, typer.Option(callback=check_seed, help="Seed of the projectors' initialisation.")
     ] = 0,
 ) -> None:
-    """Project photographs with every projector, untrained, and draw what there is to see."""
+    """Run untrained projectors on photographs and save pictures of the results."""
     with errors.status("importing transformers and matplotlib"):
         from visproj.progress import ConsoleProgress
         from visproj.vlm.demo import run_demo
@@ -141,17 +146,17 @@ def extract(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Qwen-VL checkpoint: a directory, or a model's name on the hub.",
+            help="Qwen-VL checkpoint: a directory or a model's name on the hub.",
         ),
     ],
     dest: Annotated[
         Path,
         typer.Argument(
-            metavar="DEST", help="The encoder's directory, created whole or not at all."
+            metavar="DEST", help="Directory of the encoder. It is not created if an error occurs."
         ),
     ],
     dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Dtype to write. Default: as stored.")
+        StoredDtype | None, typer.Option(help="Dtype to write. Default: that of the checkpoint.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")
@@ -159,14 +164,15 @@ def extract(
     format: Annotated[
         Format,
         typer.Option(
-            help="`safetensors`, or `bin` to add the pytorch_model.bin of DeepSpeed-VisualChat."
+            help="`safetensors`, or `bin` to also write the pytorch_model.bin that "
+            "DeepSpeed-VisualChat loads."
         ),
     ] = Format.safetensors,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an encoder that is at DEST.")
+        bool, typer.Option("--overwrite", help="Replace an encoder that is already at DEST.")
     ] = False,
 ) -> None:
-    """Write the vision encoder of a Qwen-VL checkpoint as a model of its own."""
+    """Save the vision encoder of a Qwen-VL checkpoint as a separate model."""
     from visproj.progress import ConsoleProgress
     from visproj.qwen_vl import extract_vision_encoder, render_summary
 
@@ -192,27 +198,39 @@ for _command in (train, chat, answer):
 @app.command()
 def tune(
     kind: Annotated[
-        list[Kind] | None, typer.Option(help="A projector; repeat for more. Default: all.")
+        list[Kind] | None,
+        typer.Option(help="Projector to tune for (may be repeated). Default: all."),
     ] = None,
     width: Annotated[int, typer.Option(min=1, help="Width of the vision features.")] = 1024,
-    lang_dim: Annotated[int, typer.Option(min=1, help="Width of the language model.")] = 4096,
-    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens per image, without CLS.")] = 256,
-    cls: Annotated[bool, typer.Option(help="Each image has a CLS token besides.")] = True,
-    queries: Annotated[int, typer.Option(min=1, help="Side of a Perceiver's queries.")] = 16,
+    lang_dim: Annotated[
+        int, typer.Option(min=1, help="Width of the language model's embeddings.")
+    ] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Visual tokens per image, without a CLS token.")
+    ] = 256,
+    cls: Annotated[bool, typer.Option(help="Whether each image also has a CLS token.")] = True,
+    queries: Annotated[
+        int, typer.Option(min=1, help="Side of the Perceiver's square grid of queries.")
+    ] = 16,
     heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Default: of a Perceiver LANG_DIM / 128, of a ViT WIDTH / 64."),
+        typer.Option(
+            min=1, help="Attention heads. Default: LANG_DIM / 128 (Perceiver), WIDTH / 64 (ViT)."
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Images per call; repeat. Default: 1, 8.")
+        list[int] | None,
+        typer.Option(min=1, help="Images per call (may be repeated). Default: 1 and 8."),
     ] = None,
     dtype: Annotated[
         list[KernelDtype] | None,
-        typer.Option(help="The projector's, or autocast's; repeat for more. Default: bfloat16."),
+        typer.Option(
+            help="Dtype of the projector or of autocast (may be repeated). Default: bfloat16."
+        ),
     ] = None,
-    training: Annotated[bool, typer.Option(help="Time the backward as well.")] = True,
+    training: Annotated[bool, typer.Option(help="Also time the backward pass.")] = True,
 ) -> None:
-    """Time the kernels on this GPU beforehand and record the fastest configurations."""
+    """Time the kernels on this GPU and record the fastest configurations for later runs."""
     with errors.status("importing torch"):
         from visproj.progress import ConsoleProgress
         from visproj.tune import TuningOptions, render_tuning
@@ -236,10 +254,15 @@ def tune(
     }
 )
 def bench(context: typer.Context) -> None:
-    """Measure against upstream and a fair baseline; `visproj bench --help` has the options."""
+    """Benchmark against DeepSpeed-VisualChat's projectors and a fair PyTorch baseline.
+
+    `visproj bench --help` lists the options.
+    """
     root = Path(__file__).parent.parent.parent
     if not (root / "benchmarks" / "report.py").is_file():
-        raise InputError("the benchmarks are in the repository, not in the package: use a clone")
+        raise InputError(
+            "the installed package does not contain the benchmarks: run the command in a clone"
+        )
     sys.path.insert(0, str(root))
     from benchmarks.report import main as report
 
@@ -249,10 +272,13 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def info(
     models: Annotated[
-        bool, typer.Option("--models", help="Instead, the models that convert, and what they gain.")
+        bool,
+        typer.Option(
+            "--models", help="Print only the models that can be converted, with their GMACs."
+        ),
     ] = False,
 ) -> None:
-    """Print versions, devices and the backend of each, settings, and caches with their sizes."""
+    """Print versions, devices and their backends, environment variables and cache sizes."""
     if models:
         from visproj.supported import describe_models as describe
     else:
@@ -262,12 +288,12 @@ def info(
 
 
 def main() -> None:
-    """Run the command line and exit; what the user can cause becomes one line on stderr.
+    """Run the command line and exit; print an error that the user can cause as one stderr line.
 
-    The exit status is 1 after an error, 2 after arguments that cannot be read, 130 after Ctrl-C.
+    The exit status is 1 after an error, 2 after arguments that cannot be used, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal of few characters shows a "?" for the others.
+        # Characters that the terminal's encoding lacks are printed as "?".
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
     try:
@@ -275,11 +301,11 @@ def main() -> None:
         output.file.flush()
     except (KeyboardInterrupt, typer.Abort):
         stop()
-    except BrokenPipeError:  # `visproj ... | head` has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as in `visproj ... | head`
         discard_output()
         sys.exit(1)
     except Exception as error:
         fail(error)
-    if status == 130:  # typer's for Ctrl-C while arguments are read
+    if status == 130:  # set by typer after Ctrl-C while it reads arguments
         stop()
     sys.exit(status or 0)

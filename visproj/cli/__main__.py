@@ -1,4 +1,4 @@
-"""``python -m visproj.cli``."""
+"""Entry point of ``python -m visproj.cli``."""
 
 from visproj.cli import main
 

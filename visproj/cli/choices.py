@@ -1,4 +1,4 @@
-"""What the commands have in common: choices of options, checks, and quiet libraries."""
+"""Shared parts of the commands: choices and checks of options, and silenced libraries."""
 
 from enum import Enum
 from importlib.util import find_spec
@@ -8,10 +8,10 @@ import typer
 from visproj.outcome import errors
 
 
-# The choices of options, which typer checks and completes. The tests compare them with the lists in
-# the modules that take them, which import torch.
+# The choices of options, which typer checks and completes. They repeat lists of modules that import
+# torch; tests compare the two.
 class Kind(str, Enum):
-    """Projectors."""
+    """Kind of projector."""
 
     baseline = "baseline"
     vit = "vit"
@@ -19,7 +19,7 @@ class Kind(str, Enum):
 
 
 class Backend(str, Enum):
-    """What runs a projector."""
+    """Implementation that runs a projector."""
 
     auto = "auto"
     triton = "triton"
@@ -27,7 +27,7 @@ class Backend(str, Enum):
 
 
 class TrainingDtype(str, Enum):
-    """Dtypes to train in."""
+    """Dtype to train in."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -35,7 +35,7 @@ class TrainingDtype(str, Enum):
 
 
 class KernelDtype(str, Enum):
-    """Dtypes that the kernels compute in."""
+    """Dtype that the kernels compute in."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -43,7 +43,7 @@ class KernelDtype(str, Enum):
 
 
 class StoredDtype(str, Enum):
-    """Dtypes to write."""
+    """Dtype of written weights."""
 
     float64 = "float64"
     float32 = "float32"
@@ -52,28 +52,28 @@ class StoredDtype(str, Enum):
 
 
 class Format(str, Enum):
-    """What an extracted encoder is written as."""
+    """File format of an extracted encoder."""
 
     safetensors = "safetensors"
     bin = "bin"
 
 
 def check_positive(value: float) -> float:
-    """Return a positive, finite number or raise typer's error."""
+    """Return ``value`` if it is positive and finite, else raise typer's error for options."""
     if not 0 < value < float("inf"):
-        raise typer.BadParameter(f"{value} is not a positive number")
+        raise typer.BadParameter(f"must be positive and finite, got {value}")
     return value
 
 
 def check_seed(value: int) -> int:
-    """Return a seed that PyTorch and NumPy take or raise typer's error."""
+    """Return ``value`` if PyTorch and NumPy accept it as a seed, else raise typer's error."""
     if not 0 <= value < 2**32:
-        raise typer.BadParameter(f"{value} is not at least 0 and less than 2**32")
+        raise typer.BadParameter(f"must be at least 0 and less than 2**32, got {value}")
     return value
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries say on the way: our own lines show progress and errors."""
+    """Silence the libraries' log lines and bars; visproj shows progress and errors itself."""
     from transformers.utils import logging
 
     quiet_hub()
@@ -86,7 +86,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_hub() -> None:
-    """Silence the client's many lines about retries, and its bars where no terminal shows them."""
+    """Silence the hub client's lines about retries, and its bars if stderr is not a terminal."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

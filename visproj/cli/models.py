@@ -19,7 +19,7 @@ ID_OR_DIR = "ID_OR_DIR"
 ID_OR_DIR_OR_GGUF = "ID_OR_DIR_OR_GGUF"
 DATA, MODELS, RUN = "Data", "Models", "Training"
 
-# Options that several commands have.
+# Options that several commands share.
 ImageFolder = Annotated[
     Path | None,
     typer.Option(
@@ -31,7 +31,7 @@ ImageFolder = Annotated[
 
 
 def _column(usual: str) -> typer.models.OptionInfo:
-    return typer.Option(rich_help_panel=DATA, help=f"Default: {usual}.")
+    return typer.Option(rich_help_panel=DATA, help=f"Name of the column. Default: {usual}.")
 
 
 ImageColumn = Annotated[str | None, _column("`image` or `images`")]
@@ -39,16 +39,19 @@ CaptionColumn = Annotated[str | None, _column("`captions` or `caption`")]
 QuestionColumn = Annotated[str | None, _column("`question`")]
 AnswerColumn = Annotated[str | None, _column("`answer` or `answers`")]
 ConversationColumn = Annotated[str | None, _column("`conversations` or `messages`")]
-Trained = Annotated[Path, typer.Option(help="What `visproj train` left in OUT, or OUT/projector.")]
+Trained = Annotated[
+    Path, typer.Option(help="Trained projector: the OUT of `visproj train`, or OUT/projector.")
+]
 TrainedEncoder = Annotated[
-    str | None, typer.Option(metavar=ID_OR_DIR, help="Default: the projector's in training.")
+    str | None, typer.Option(metavar=ID_OR_DIR, help="Vision encoder. Default: as in training.")
 ]
 TrainedLanguageModel = Annotated[
     str | None,
-    typer.Option(metavar=ID_OR_DIR_OR_GGUF, help="Default: the projector's in training."),
+    typer.Option(metavar=ID_OR_DIR_OR_GGUF, help="Language model. Default: as in training."),
 ]
-LongestAnswer = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-RunsOn = Annotated[Backend, typer.Option(help="What the projector runs on.")]
+LongestAnswer = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+RUNS_ON = "Implementation of the projector. auto: Triton kernels where they run, else PyTorch."
+RunsOn = Annotated[Backend, typer.Option(help=RUNS_ON)]
 
 
 def train(
@@ -56,7 +59,7 @@ def train(
         Kind | None,
         typer.Option(
             rich_help_panel=MODELS,
-            help="The projector. Default: that of --from-projector, else a Perceiver.",
+            help="Kind of projector. Default: that of --from-projector, else perceiver.",
         ),
     ] = None,
     encoder: Annotated[
@@ -64,8 +67,8 @@ def train(
         typer.Option(
             rich_help_panel=MODELS,
             metavar=ID_OR_DIR,
-            help="A CLIP, SigLIP or DINOv2 model for transformers, or what `visproj extract` "
-            "wrote. Default: one that needs no model hub.",
+            help="CLIP, SigLIP or DINOv2 model, or the output of `visproj extract`. Default: an "
+            "encoder that needs no model hub.",
         ),
     ] = None,
     language_model: Annotated[
@@ -73,8 +76,7 @@ def train(
         typer.Option(
             rich_help_panel=MODELS,
             metavar=ID_OR_DIR_OR_GGUF,
-            help="A causal language model for transformers. Default: SmolLM2-135M-Instruct, "
-            "without a model hub.",
+            help="Causal language model. Default: SmolLM2-135M-Instruct, which needs no model hub.",
         ),
     ] = None,
     queries: Annotated[
@@ -82,16 +84,15 @@ def train(
         typer.Option(
             rich_help_panel=MODELS,
             min=1,
-            help="Side of a Perceiver's square of queries; DeepSpeed-VisualChat's is 16, which "
-            "takes twice the time.",
+            help="Side of the Perceiver's square grid of queries. DeepSpeed-VisualChat uses 16.",
         ),
-    ] = 8,
+    ] = 6,
     from_projector: Annotated[
         Path | None,
         typer.Option(
             rich_help_panel=MODELS,
             metavar="DIR",
-            help="Begin with the weights of a projector that was trained before.",
+            help="Start from the weights of this trained projector.",
         ),
     ] = None,
     data: Annotated[
@@ -99,8 +100,8 @@ def train(
         typer.Option(
             rich_help_panel=DATA,
             metavar="PATH_OR_NAME",
-            help="A folder with captions.jsonl, LLaVA's JSON, an image folder with metadata, "
-            "Parquet, Arrow or CSV files, WebDataset shards (*.tar), or a data set's name on the "
+            help="Folder with captions.jsonl, JSON in LLaVA's format, image folder with metadata, "
+            "Parquet, Arrow or CSV files, WebDataset shards (*.tar), or name of a data set on the "
             "hub. Default: 15 photographs that come with scikit-image and scikit-learn.",
         ),
     ] = None,
@@ -111,16 +112,16 @@ def train(
     answer_column: AnswerColumn = None,
     conversation_column: ConversationColumn = None,
     prompt: Annotated[
-        str, typer.Option(rich_help_panel=DATA, help="The question that captions answer.")
+        str, typer.Option(rich_help_panel=DATA, help="Question to ask about images with captions.")
     ] = "Describe the photograph.",
     split: Annotated[str, typer.Option(rich_help_panel=DATA, help="Split to train on.")] = "train",
     held_out: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=DATA,
-            metavar="PART_OR_SPLIT",
-            help="Samples to measure the loss on: a part such as 0.02, or the name of a split. "
-            "Default: none; of the built-in photographs, other views.",
+            metavar="FRACTION_OR_SPLIT",
+            help="Samples to measure the loss on: a fraction such as 0.02, or the name of a split. "
+            "Default: none; for the built-in photographs, views that are not trained on.",
         ),
     ] = None,
     views: Annotated[
@@ -128,8 +129,8 @@ def train(
         typer.Option(
             rich_help_panel=DATA,
             min=1,
-            help="Random crops of each image, each one a sample. Default: 1, the whole image; 14 "
-            "of the built-in photographs.",
+            help="Random crops per image, each of which is a sample. Default: 1, the whole image; "
+            "12 for the built-in photographs.",
         ),
     ] = None,
     streaming: Annotated[
@@ -137,7 +138,7 @@ def train(
         typer.Option(
             "--streaming",
             rich_help_panel=DATA,
-            help="Read a hub's data set as it comes; needs --max-steps.",
+            help="Stream a data set from the hub without a copy on disk; needs --max-steps.",
         ),
     ] = False,
     cache_features: Annotated[
@@ -145,7 +146,7 @@ def train(
         typer.Option(
             rich_help_panel=DATA,
             metavar="GIB",
-            help="Keep up to this many GiB of the encoder's features on disk. Default: 0; 1 for "
+            help="Cache up to this many GiB of the encoder's features on disk. Default: 0; 1 for "
             "the built-in photographs.",
         ),
     ] = None,
@@ -154,8 +155,8 @@ def train(
         typer.Option(
             rich_help_panel=DATA,
             min=1,
-            help="Tokens per sample, visual ones included; the ends of longer ones are cut. "
-            "Default: what the language model reads.",
+            help="Maximum number of tokens per sample, with the visual tokens; longer samples are "
+            "truncated at the end. Default: the language model's context length.",
         ),
     ] = None,
     group_by_length: Annotated[
@@ -163,7 +164,7 @@ def train(
         typer.Option(
             "--group-by-length",
             rich_help_panel=DATA,
-            help="Put samples of similar lengths into a batch.",
+            help="Batch samples of similar lengths together.",
         ),
     ] = False,
     strict: Annotated[
@@ -171,7 +172,7 @@ def train(
         typer.Option(
             "--strict",
             rich_help_panel=DATA,
-            help="Stop at the first sample that cannot be used, instead of leaving up to 1 % out.",
+            help="Stop at the first unusable sample instead of skipping up to 1 % of the samples.",
         ),
     ] = False,
     workers: Annotated[
@@ -194,13 +195,13 @@ def train(
         typer.Option(
             rich_help_panel=RUN,
             min=1,
-            help="Passes over the training samples. Default: 1; of the built-in photographs 3, "
-            "for a Perceiver 7.",
+            help="Passes over the training samples. Default: 1; for the built-in photographs 3, or "
+            "7 with a Perceiver.",
         ),
     ] = None,
     max_steps: Annotated[
         int | None,
-        typer.Option(rich_help_panel=RUN, min=1, help="Optimiser steps, instead of --epochs."),
+        typer.Option(rich_help_panel=RUN, min=1, help="Optimiser steps; overrides --epochs."),
     ] = None,
     learning_rate: Annotated[
         float,
@@ -208,7 +209,7 @@ def train(
     ] = 2e-3,
     batch: Annotated[
         int,
-        typer.Option(rich_help_panel=RUN, min=1, help="Samples per forward pass and process."),
+        typer.Option(rich_help_panel=RUN, min=1, help="Per-process batch size (samples)."),
     ] = 2,
     accumulate: Annotated[
         int, typer.Option(rich_help_panel=RUN, min=1, help="Forward passes per optimiser step.")
@@ -217,8 +218,8 @@ def train(
         TrainingDtype,
         typer.Option(
             rich_help_panel=RUN,
-            help="bfloat16 trains under autocast and keeps the frozen models in it; auto takes "
-            "the dtype that is faster on this machine.",
+            help="bfloat16 trains under autocast and loads the language model in bfloat16; auto "
+            "takes the dtype that is faster on this machine.",
         ),
     ] = TrainingDtype.auto,
     gradient_checkpointing: Annotated[
@@ -226,45 +227,46 @@ def train(
         typer.Option(
             "--gradient-checkpointing",
             rich_help_panel=RUN,
-            help="Save memory: compute the language model's activations again in the backward "
-            "pass.",
+            help="Save memory: recompute the language model's activations in the backward pass.",
         ),
     ] = False,
     save_steps: Annotated[
-        int, typer.Option(rich_help_panel=RUN, min=1, help="Steps between checkpoints.")
+        int, typer.Option(rich_help_panel=RUN, min=1, help="Optimiser steps between checkpoints.")
     ] = 100,
     eval_steps: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=RUN,
             min=1,
-            help="Steps between losses on held-out samples. Default: after each epoch; of the "
-            "built-in photographs before and after training.",
+            help="Optimiser steps between evaluations on the held-out samples. Default: one after "
+            "each epoch; for the built-in photographs one before and one after training.",
         ),
     ] = None,
     log_steps: Annotated[
-        int, typer.Option(rich_help_panel=RUN, min=1, help="Steps between lines of the log.")
+        int, typer.Option(rich_help_panel=RUN, min=1, help="Optimiser steps between log lines.")
     ] = 1,
     report_to: Annotated[
         list[str] | None,
         typer.Option(
             rich_help_panel=RUN,
-            help="Where the log goes: csv, tensorboard, none, or anything that transformers knows; "
-            "repeat for more. Default: csv and tensorboard.",
+            help="Destination of the log (may be repeated): csv, tensorboard, none, or one "
+            "that transformers' Trainer supports. Default: csv and tensorboard.",
         ),
     ] = None,
     retrieval: Annotated[
         bool | None,
         typer.Option(
             rich_help_panel=RUN,
-            help="Afterwards, find the captions of held-out samples. Default: of the built-in "
-            "photographs.",
+            help="After training, test whether the model finds the captions of held-out samples. "
+            "Default: only for the built-in photographs.",
         ),
     ] = None,
     deepspeed: Annotated[
         Path | None,
         typer.Option(
-            rich_help_panel=RUN, metavar="JSON", help="DeepSpeed's configuration, for its launcher."
+            rich_help_panel=RUN,
+            metavar="JSON",
+            help="DeepSpeed's configuration file, for use with the deepspeed launcher.",
         ),
     ] = None,
     seed: Annotated[
@@ -272,25 +274,23 @@ def train(
         typer.Option(
             rich_help_panel=RUN,
             callback=check_seed,
-            help="Seed of the initialisation and the order of the data.",
+            help="Seed of the projector's initialisation and of the data order.",
         ),
     ] = 0,
-    backend: Annotated[
-        Backend, typer.Option(rich_help_panel=RUN, help="What the projector runs on.")
-    ] = Backend.auto,
+    backend: Annotated[Backend, typer.Option(rich_help_panel=RUN, help=RUNS_ON)] = Backend.auto,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             rich_help_panel=RUN,
-            help="Go on from the last checkpoint in OUT, also for more epochs.",
+            help="Continue from the last checkpoint in OUT; --epochs may be larger than before.",
         ),
     ] = False,
     local_rank: Annotated[int, typer.Option(hidden=True)] = -1,  # the deepspeed launcher adds it
 ) -> None:
     """Train a projector between a frozen vision encoder and a frozen language model.
 
-    Started by torchrun, accelerate launch or deepspeed it trains in all of their processes.
+    Start it with torchrun, accelerate launch or deepspeed to train in several processes.
     """
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
@@ -354,33 +354,39 @@ def chat(
     projector: Trained,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="A photograph; repeat for more, all for one answer."),
+        typer.Option(help="Image file (may be repeated, for several images in one question)."),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="`<image>` in it places an image. Default: the projector's in training."),
+        typer.Option(
+            help="Question. `<image>` marks the place of an image. Default: that of the "
+            "projector's training."
+        ),
     ] = None,
     interactive: Annotated[
         bool,
         typer.Option(
             "--interactive",
-            help="Hold a conversation, which begins with the images and the prompt if given. "
-            "Default: only if neither is given.",
+            help="Hold a conversation that begins with the given images and prompt. Default if "
+            "neither is given.",
         ),
     ] = False,
     encoder: TrainedEncoder = None,
     language_model: TrainedLanguageModel = None,
     attention: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Draw where the model looked as it wrote each word."),
+        typer.Option(
+            metavar="PNG",
+            help="Draw the language model's attention to the image for each word of the answer.",
+        ),
     ] = None,
     max_new_tokens: LongestAnswer = 64,
     backend: RunsOn = Backend.auto,
 ) -> None:
-    """Ask a trained projector's model about photographs.
+    """Ask questions about photographs with a trained projector.
 
     Without an image and a prompt this is a conversation: every line of the input is a question, and
-    `/image PATH` shows an image with the next one. `/help` lists the other commands.
+    `/image PATH` adds an image to the next one. `/help` lists the other commands.
     """
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
@@ -429,14 +435,15 @@ def answer(
         str,
         typer.Option(
             metavar="PATH_OR_NAME",
-            help="Questions with images, in any form that `visproj train` takes; answers in it are "
-            "kept as references.",
+            help="Questions with images, in any format that `visproj train` reads. Answers in the "
+            "data are copied to FILE as references.",
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            metavar="FILE", help="A .jsonl or .csv file; a run that was stopped goes on in it."
+            metavar="FILE",
+            help="Output file, .jsonl or .csv. A stopped run continues where the file ends.",
         ),
     ],
     images: ImageFolder = None,
@@ -444,21 +451,21 @@ def answer(
     question_column: QuestionColumn = None,
     answer_column: AnswerColumn = None,
     conversation_column: ConversationColumn = None,
-    split: Annotated[str, typer.Option(help="Split to answer.")] = "train",
+    split: Annotated[str, typer.Option(help="Split whose questions are answered.")] = "train",
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="What is asked about images that come without a question. Default: the "
-            "projector's in training."
+            help="Question for images that come without one. Default: that of the projector's "
+            "training."
         ),
     ] = None,
     encoder: TrainedEncoder = None,
     language_model: TrainedLanguageModel = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     max_new_tokens: LongestAnswer = 64,
     backend: RunsOn = Backend.auto,
 ) -> None:
-    """Answer a file of questions about images with a trained projector's model."""
+    """Answer a file of questions about images with a trained projector."""
     with errors.status("importing torch and transformers"):
         from visproj import use_backend
         from visproj.progress import ConsoleProgress
@@ -482,5 +489,5 @@ def answer(
     )
     with use_backend(backend.value), ConsoleProgress(errors, "reading the data") as progress:
         report = run_answer(options, progress=progress)
-    without = f", {report.faults} without an answer: see their error" if report.faults else ""
+    without = f", {report.faults} without an answer: see the field error" if report.faults else ""
     output.print(f"{report.total} rows in {out}, {report.written} of them new{without}")

@@ -2,7 +2,8 @@
 
 With ``[W | b]`` centred over its ``D`` outputs, ``LN(x Wᵀ + b) = rstd (x W_cᵀ + b_c) γ + β``, and
 ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)`` with ``sqrt(D) [R | r]`` the triangular QR factor of
-``[W_c | b_c]``. A Linear after it multiplies the weights. Tensors in, fp64 tensors out.
+``[W_c | b_c]``. A Linear after the LayerNorm multiplies these weights. All functions take tensors
+and return fp64 tensors.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ class Scaled(NamedTuple):
         weight: ``[N, C]``.
         bias: ``[N]``.
         factor: Upper triangular ``[<= C, C]``.
-        factor_bias: As many as ``factor`` has rows.
+        factor_bias: ``[rows of factor]``.
         shift: ``[N]``.
-        floor: Added to the square.
+        floor: Added to the squared norm.
     """
 
     weight: Tensor
@@ -43,7 +44,7 @@ def fold_linear_norm(
     outer_weight: Tensor | None = None,
     outer_bias: Tensor | None = None,
 ) -> Scaled:
-    """Fold a Linear and its LayerNorm, and a second Linear where there is one, into a scaled one.
+    """Fold a Linear, its LayerNorm and, if given, a second Linear into one row-scaled Linear.
 
     Args:
         weight: ``[D, C]``.
@@ -51,8 +52,11 @@ def fold_linear_norm(
         gain: ``[D]``.
         shift: ``[D]`` or ``None``.
         eps: Added to the variance.
-        outer_weight: ``[N, D]`` of the Linear after the LayerNorm; without one ``N`` is ``D``.
+        outer_weight: ``[N, D]`` of the Linear after the LayerNorm; ``N`` is ``D`` if ``None``.
         outer_bias: ``[N]`` or ``None``.
+
+    Returns:
+        The weights of the row-scaled Linear, in fp64.
     """
     augmented = torch.cat([weight, or_zeros(bias, weight)[:, None]], 1).double()
     centred = augmented - augmented.mean(0)  # [D, C + 1]
@@ -67,19 +71,20 @@ def fold_linear_norm(
 
 
 def _row_scale(centred: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
-    """``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² + floor - eps``.
+    """Return ``R``, ``r`` and ``floor``: the variance of a row is ``‖x Rᵀ + r‖² + floor - eps``.
 
-    The squares are those of a mean, not of a sum, so that fp16 holds what it holds unfolded.
+    ``R`` and ``r`` are divided by ``sqrt(D)``: the squared norm is a mean, not a sum, so that fp16
+    can hold it for all inputs for which it can hold the unfolded values.
     """
     factor = torch.linalg.qr(centred, mode="r").R / math.sqrt(centred.shape[0])
     floor = eps
     if factor.shape[0] == factor.shape[1]:  # [min(D, C + 1), C + 1]
-        # The last row is zero but for its corner: a constant, kept out of the product.
+        # The last row is zero except for its last entry, a constant that moves into ``floor``.
         floor += factor[-1, -1].item() ** 2
         factor = factor[:-1]
     return factor[:, :-1], factor[:, -1], floor
 
 
 def or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
-    """``bias``, or zeros for the outputs of ``weight``."""
+    """Return ``bias``, or zeros for the outputs of ``weight``."""
     return weight.new_zeros(weight.shape[0]) if bias is None else bias

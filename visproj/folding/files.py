@@ -1,4 +1,4 @@
-"""Reading folded projectors back, in the format of today and the one before."""
+"""Reading of folded projectors, in the current file format and the previous one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def load_folded(path: str | Path, *, device: torch.device | str = "cpu") -> Fold
 
     Args:
         path: The file.
-        device: Where to put the folded projector.
+        device: The device of the folded projector.
+
+    Returns:
+        The folded projector, in eval mode.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -105,13 +108,13 @@ def _build(file: TensorFile) -> FoldedProjector:
 
 
 def empty_folded(kind: str, config: dict[str, Any]) -> FoldedProjector:
-    """A folded projector of this class and configuration on the device meta, without numbers."""
+    """Build a folded projector of this class and configuration on the meta device."""
     with torch.device("meta"):
         return _KINDS[kind][1](config)
 
 
 def _move_value_shift(tensors: dict[str, Tensor], width: int) -> None:
-    """The constant of the values, once the same in every row of the tables, on its own."""
+    """Move the constant of the values to ``kv.shift``: the older format adds it to the tables."""
     for name in ("position_table", "kv_table"):
         table = tensors.get(name)
         if table is None or table.shape[-1] != 2 * width:
@@ -122,7 +125,7 @@ def _move_value_shift(tensors: dict[str, Tensor], width: int) -> None:
 
 
 def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
-    """The configuration in the metadata, its entries and their types checked."""
+    """Parse the configuration in the metadata, and check its entries and their types."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -134,7 +137,9 @@ def _config(text: str, wanted: set[str], *, older: bool) -> dict[str, Any]:
         isinstance(config, dict) and "floor" not in wanted and config.keys() == {*wanted, "floor"}
     )
     if scaled and config.pop("floor") is not None:
-        raise InputError("it holds a form of Linear and LayerNorm that is no more: fold again")
+        raise InputError(
+            "it holds a form of Linear and LayerNorm that is no longer supported: fold again"
+        )
     if not isinstance(config, dict) or config.keys() != wanted:
         names = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InputError(f"its configuration has the entries {names}, not {sorted(wanted)}")
@@ -189,7 +194,7 @@ def _clip_layer(vision: dict[str, Any]) -> CLIPEncoderLayer:
 
 
 def _empty_scaled(outputs: int, inputs: int, width: int, floor: float) -> ScaledLinear:
-    """A scaled Linear without numbers, of a LayerNorm over ``width``."""
+    """Build a row-scaled Linear without values, for a LayerNorm over ``width``."""
     rank = min(inputs, width)
     shapes = [(outputs, inputs), (outputs,), (rank, inputs), (rank,), (outputs,)]
     weight, bias, factor, factor_bias, shift = map(torch.empty, shapes)
@@ -242,7 +247,7 @@ def _empty_resampler(
     *,
     latent: bool = False,
 ) -> FoldedResampler:
-    """``shapes`` are those of the tables of positions."""
+    """Build a folded resampler without values; ``shapes`` are those of its position tables."""
     heads, queries = config["num_heads"], math.prod(config["query_grid"])
     keys = config["form"] == "keys"
     per_head = (heads, config["lang_dim"] // heads)
@@ -257,7 +262,7 @@ def _empty_resampler(
 
 
 def _positions_width(config: dict[str, Any]) -> int:
-    """How wide what is added for a position is: a key, or the scores of all queries."""
+    """Return the width of what a position adds: a key, or the scores of all queries."""
     if config["form"] == "keys":
         return config["lang_dim"]
     return math.prod(config["query_grid"]) * config["num_heads"]
@@ -308,7 +313,7 @@ def _norm(width: int, eps: float) -> nn.LayerNorm:
     return frozen_norm(torch.empty(width), torch.empty(width), eps)
 
 
-# The entries of its configuration, and how it is built without numbers.
+# For every class: the entries of its configuration, and the function that builds it without values.
 _KINDS: dict[str, tuple[set[str], Callable[[dict[str, Any]], FoldedProjector]]] = {
     "FoldedLinear": (_LINEAR, _empty_linear),
     "FoldedViT": (_LINEAR | {"vision"}, _empty_vit),

@@ -1,4 +1,4 @@
-"""A module's launches recorded once as a CUDA graph, and replayed."""
+"""CUDA graphs: the launches of a module, recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from visproj.checks import check_module
 from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_floating
 
-_WARM_UP = 3  # compiles and tunes kernels and loads libraries, which a capture must not
+_WARM_UP = 3  # calls that compile and tune kernels and load libraries, which a capture must not do
 
 
 def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
     """Record ``module(example, **options)`` as a CUDA graph.
 
-    A folded Perceiver on the grid that it was folded for is five kernels, of a few microseconds
-    each for a single image: launched from Python one by one they wait for the host, as a graph they
-    do not.
+    A folded Perceiver on the grid that it was folded for runs five kernels, which take a few
+    microseconds each for a single image. Launched from Python one by one, they wait for the host.
+    As a graph they do not.
 
     Args:
         module: Any projector, folded or not, on a CUDA device. It must not be changed or moved
             while the graph is in use.
         example: Features of the shape, dtype and device that every call will have.
-        options: Passed on, such as ``grid``. Tensors among them are read from where they lie.
+        options: Keyword arguments of ``module``, such as ``grid``. The graph reads tensors among
+            them from their current memory in every call.
 
     Returns:
-        A function of features that gives what ``module`` gives, without gradients. Its output is
-        overwritten by the next call: clone it to keep it.
+        A function that takes features and returns the output of ``module``, without gradients. The
+        next call overwrites the output: clone it to keep it.
 
     Raises:
         TypeError: If ``module`` is not a module or ``example`` not a floating-point tensor.
@@ -54,7 +55,7 @@ def graphed(module: nn.Module, example: Tensor, **options: Any) -> Graphed:
 
 
 class Graphed:
-    """What :func:`graphed` returns. It keeps alive what the graph knows by address alone."""
+    """A recorded CUDA graph, which also keeps alive the tensors that it knows only by address."""
 
     def __init__(self, module: nn.Module, example: Tensor, options: dict[str, Any]) -> None:
         self.module, self.options = module, options
@@ -71,7 +72,7 @@ class Graphed:
                 self.out = module(self.features, **options)
 
     def __call__(self, x: Tensor) -> Any:
-        """Replay the graph on ``x``."""
+        """Replay the graph on ``x``, of the shape, dtype and device that it was recorded for."""
         check_floating("features", x)
         wanted = (self.features.shape, self.features.dtype, self.features.device)
         if (x.shape, x.dtype, x.device) != wanted:

@@ -1,4 +1,4 @@
-"""Keys and values straight from the features, and queries that go through the key weights first."""
+"""The two forms of a folded resampler: keys and values from the features, and absorbed queries."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FORMS = ("keys", "absorbed")
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of features: ``rstd (x weightᵀ + bias) + shift``.
+    """Weights of keys and values: ``rstd (x weightᵀ + bias) + shift``.
 
     Attributes:
         weight: ``[2 D, C]``, keys first.
         bias: ``[2 D]``.
         shift: ``[2 D]``; zero for the keys, where the softmax would cancel it.
-        scale: ``factor``, ``factor_bias`` and ``floor`` of ``rstd``, or ``None`` where it is 1.
-        eps: Where features are normalised first, that LayerNorm's, else ``None``.
+        scale: ``factor``, ``factor_bias`` and ``floor`` of ``rstd``, or ``None`` if it is 1.
+        eps: Eps of the LayerNorm that normalises the features first, or ``None`` without one.
     """
 
     weight: Tensor
@@ -37,11 +37,11 @@ class KeyValues(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a fold of any resampler needs besides :class:`KeyValues`, in fp64.
+    """The other constants that folding a resampler needs, in fp64.
 
     Attributes:
-        queries: Projected, ``[Q, H, d]``.
-        key_weight: ``[D, D]``, which projects the keys' positions.
+        queries: Projected queries, ``[Q, H, d]``.
+        key_weight: ``[D, D]``, the weight that projects the keys' positions.
         appended: Projected keys and values that follow those of the features, ``[A, 2, H, d]``.
     """
 
@@ -51,9 +51,9 @@ class Constants(NamedTuple):
 
 
 class NormLinear(nn.Module):
-    """A Linear, after a LayerNorm without gain and shift where ``eps`` is given.
+    """A Linear, after a LayerNorm without gain and shift if ``eps`` is given.
 
-    In PyTorch that is faster than a product whose rows are scaled.
+    In PyTorch this is faster than a matmul whose rows are scaled.
     """
 
     def __init__(self, linear: nn.Linear, eps: float | None) -> None:
@@ -62,7 +62,7 @@ class NormLinear(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """``[..., L, C] -> [..., L, N]``; ``table`` is added to the first columns."""
+        """Compute ``[..., L, C] -> [..., L, N]``; ``table`` is added to the first columns."""
         out = self.linear(normalised(x, self.eps))
         if table is None:
             return out
@@ -70,17 +70,18 @@ class NormLinear(nn.Module):
 
 
 def normalised(x: Tensor, eps: float | None) -> Tensor:
-    """``x`` with mean 0 and variance 1 in every row, or as it is without ``eps``."""
+    """Return ``x`` with mean 0 and variance 1 in every row, or ``x`` itself without ``eps``."""
     return x if eps is None else F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 class AbsorbedQueries(nn.Module):
-    """Attention whose queries have gone through the key weights: scores from the features.
+    """Attention with queries that were multiplied by the key weights, so that it needs no keys.
 
     For head ``h`` with keys ``rstd (x A_kᵀ + a_k)``: ``U = q A_k / sqrt(d)``,
     ``u = q a_k / sqrt(d)``, ``scores = rstd (x Uᵀ + u) + T``, ``p = softmax(scores)``,
-    ``out = ((p rstd) x) A_vᵀ + (Σ p rstd) a_v + (Σ p) c_v``: values are pooled in the width of the
-    features. ``T`` are the scores of positions. Rows of scores are counted ``query * H + head``.
+    ``out = ((p rstd) x) A_vᵀ + (Σ p rstd) a_v + (Σ p) c_v``. Values are pooled at the width of the
+    features and projected afterwards. ``T`` holds the scores of the positions. Row
+    ``query * H + head`` of the scores belongs to that query and head.
     """
 
     appended_scores: Tensor | None
@@ -108,9 +109,10 @@ class AbsorbedQueries(nn.Module):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``[B, L, C] -> [B, Q, H d]``, and the maps ``[B, H, Q, L]`` (``L + A`` with appended).
+        """Compute ``[B, L, C] -> [B, Q, H d]`` and the maps ``[B, H, Q, L]``.
 
-        ``table`` is ``[L, Q H]``, or ``[B L, Q H]``; ``queries`` how many of them, all if ``None``.
+        With ``A`` appended keys the maps have ``L + A`` columns. ``table`` is ``[L, Q H]`` or
+        ``[B, L, Q H]``. ``queries`` is the number of queries; ``None`` means all.
         """
         batch, length, _ = x.shape
         heads = self.value_weight.shape[0]
@@ -123,13 +125,15 @@ class AbsorbedQueries(nn.Module):
         probabilities, dead = _softmax(scores.view(shape), attn_mask, key_padding_mask)
         weights = probabilities[..., :length].flatten(1, 2)
         sums = (weights if scale is None else weights * scale).sum(-1)
-        # Not the probabilities are scaled: rstd is up to 1e6 for empty rows, too much for fp16.
+        # The features are scaled, not the probabilities: rstd is up to 1e6 for empty rows, too
+        # much for fp16.
         rows = x if scale is None else (x * scale.mT).to(x.dtype)
         pooled = torch.bmm(weights.to(x.dtype), rows).view(*shape[:3], x.shape[-1])
         # [B, Q, H, C] -> [H, B Q, C] -> [B, Q, H, d]
         out = torch.bmm(pooled.permute(2, 0, 1, 3).flatten(1, 2), self.value_weight)
         out = out.view(heads, batch, shape[1], out.shape[-1]).permute(1, 2, 0, 3)
-        # Sums are rounded once: one by one they cost a fifth of a bf16 result's accuracy.
+        # The terms are summed before rounding: rounding each costs a fifth of a bf16 result's
+        # accuracy.
         wide = weights.dtype
         shift, bias = self.value_shift.to(wide), self.value_bias.to(wide)
         out = out + torch.addcmul(shift, sums.view(*shape[:3], 1), bias)
@@ -142,16 +146,16 @@ class AbsorbedQueries(nn.Module):
     def _scores(
         self, x: Tensor, scale: Tensor | None, table: Tensor | None, rows: int | None
     ) -> Tensor:
-        """``[B, Q H, L + A]``, at least in fp32."""
+        """Return the scores ``[B, Q H, L + A]``, at least in fp32."""
         weight, bias = self.score_weight[:rows], self.score_bias[:rows, None]
-        scores = torch.baddbmm(bias, weight.expand(len(x), -1, -1), x.mT)
+        scores = torch.baddbmm(bias, weight.expand(x.shape[0], -1, -1), x.mT)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if scale is not None:
             scores = scores.mul_(scale)
         if table is not None:
             scores = scores.add_(table.view(-1, x.shape[1], table.shape[-1]).mT[:, :rows])
         if self.appended_scores is not None:
-            late = self.appended_scores[:rows].to(scores.dtype).expand(len(x), -1, -1)
+            late = self.appended_scores[:rows].to(scores.dtype).expand(x.shape[0], -1, -1)
             scores = torch.cat([scores, late], -1)
         return scores
 
@@ -172,7 +176,7 @@ ABSORBED = (
 def _softmax(
     scores: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Probabilities of ``[B, Q, H, L]``, zero for queries without keys, and where those are."""
+    """Return the softmax of ``[B, Q, H, L]``, zero for fully masked queries, and their mask."""
     if attn_mask is None and key_padding_mask is None:
         return scores.softmax(-1), None
     batch, queries, heads, length = scores.shape
@@ -187,7 +191,7 @@ def _softmax(
 def key_value_module(
     parts: KeyValues, constants: Constants, form: str, dtype: torch.dtype
 ) -> nn.Module:
-    """What makes keys and values of features, in one of the :data:`FORMS`."""
+    """Return the module for keys and values in one of the :data:`FORMS`."""
     weight, bias, shift = parts.weight, parts.bias, parts.shift
     if form == "absorbed":
         floor = 0.0 if parts.scale is None else parts.scale[2]
@@ -204,7 +208,7 @@ def key_value_module(
 
 
 def _absorbed(parts: KeyValues, constants: Constants) -> dict[str, Tensor | None]:
-    """The buffers of :class:`AbsorbedQueries`."""
+    """Compute the buffers of :class:`AbsorbedQueries`."""
     _, heads, width = constants.queries.shape
     queries = constants.queries / math.sqrt(width)
     key, value = (t.unflatten(0, (heads, width)) for t in parts.weight.double().chunk(2))
@@ -229,7 +233,7 @@ def _absorbed(parts: KeyValues, constants: Constants) -> dict[str, Tensor | None
 
 
 def position_weight(constants: Constants, form: str) -> Tensor:
-    """What takes a key's position to what is added: ``[D, D]``, or ``[Q H, D]`` of scores."""
+    """Return the weight that projects positions to keys ``[D, D]``, or to scores ``[Q H, D]``."""
     if form == "keys":
         return constants.key_weight
     _, heads, width = constants.queries.shape
@@ -241,9 +245,10 @@ def position_weight(constants: Constants, form: str) -> Tensor:
 def multiply_adds(
     form: str, *, length: int, width: int, lang_dim: int, queries: int, heads: int
 ) -> int:
-    """Multiply-adds of one image in what the two forms do not share.
+    """Count the multiply-adds for one image in the stages that differ between the two forms.
 
-    Keys and values, scores and their sum; or scores from features, pooling, and its projection.
+    ``"keys"`` computes keys and values, scores, and the weighted sum of values. ``"absorbed"``
+    computes scores from the features, the weighted sum of features, and its projection.
     """
     if form == "keys":
         return 2 * length * width * lang_dim + 2 * queries * length * lang_dim
@@ -251,13 +256,13 @@ def multiply_adds(
 
 
 def choose_form(form: str | None, **sizes: int) -> str:
-    """``form``, or the one of fewer multiply-adds.
+    """Return ``form``, or if it is ``None`` the form with fewer multiply-adds.
 
-    Scores and pooled values of the absorbed form are written to memory, attention's own are not: it
-    is chosen only where its scores are narrower than the keys.
+    The absorbed form writes scores and pooled values to memory, which fused attention does not. So
+    it is chosen only if the scores of one token are fewer than the elements of its key.
 
     Raises:
-        ValueError: If there is no such form.
+        ValueError: If ``form`` is not one of :data:`FORMS`.
     """
     if form is None:
         narrow = sizes["queries"] * sizes["heads"] < sizes["lang_dim"]

@@ -1,4 +1,4 @@
-"""The folded forms: modules of constants, called like the projectors they were folded from."""
+"""The folded forms: modules with constant weights, called like the projectors they come from."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from visproj.ops.folded_linear import Inputs, check_input, fitting_folded_linear
 
 
 class ScaledLinear(nn.Module):
-    """A Linear whose rows are scaled by the norm of a triangular product of the same input.
+    """A Linear whose rows are scaled by a norm that is computed from the same input.
 
-    ``rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``. The product is
-    an ``nn.Linear`` of its own, read where it is plain and called where something has taken its
-    place, so that quantisation tools find it; ``R``, ``r`` and ``shift`` are buffers. They fit one
-    another since they were folded: only what comes in is checked.
+    ``rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + floor)^(-1/2)``. ``W`` and
+    ``a`` are an ``nn.Linear`` child, so that quantisation tools find it. A plain child is fused, a
+    replaced one is called. ``R`` (triangular), ``r`` and ``shift`` are buffers. Their shapes fit
+    one another by construction, so only the input is checked.
 
     Args:
-        weights: What to hold, as it is.
+        weights: The tensors to hold; they are not copied.
     """
 
     factor: Tensor
@@ -47,7 +47,10 @@ class ScaledLinear(nn.Module):
         self.floor = weights.floor
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """``[..., L, C] -> [..., L, N]``; ``table`` goes to the first columns of every image."""
+        """Compute ``[..., L, C] -> [..., L, N]``.
+
+        ``table [L, columns]`` is added to the first columns of every image.
+        """
         scale = (self.factor, self.factor_bias, self.shift, table, self.floor)
         if is_plain(self, _PRODUCT):
             linear = self.linear
@@ -60,11 +63,11 @@ _PRODUCT: Reads = {"linear": nn.Linear}
 
 
 class Replaced(NamedTuple):
-    """What a folded module stands in for inside a model.
+    """The module that a folded module replaces inside a model.
 
     Attributes:
-        path: Where.
-        original: The module, if it was kept.
+        path: Its name inside the model.
+        original: The module, or ``None`` if it was not kept.
     """
 
     path: str
@@ -72,34 +75,34 @@ class Replaced(NamedTuple):
 
 
 class FoldedProjector(nn.Module):
-    """What the folded forms share: constants for weights, and where they came from.
+    """The base class of the folded forms: constant weights, and a record of what was folded.
 
     Attributes:
-        config: Widths, grids and eps, and a digest of the weights that were folded; JSON-able.
-        replaced: What :func:`visproj.convert` took out of a model for it, if anything.
+        config: Widths, grids, eps and a digest of the weights that were folded, as JSON values.
+        replaced: The module that :func:`visproj.convert` replaced by this one, or ``None``.
     """
 
     config: dict[str, Any]
     replaced: Replaced | None = None
 
     def replace(self, path: str, original: nn.Module | None) -> None:
-        """Stand in for ``original`` inside a model, or, where it is ``None``, for what is gone."""
-        self.__dict__["replaced"] = Replaced(path, original)  # not as a child
+        """Record that this module replaces ``original`` inside a model; ``None`` if not kept."""
+        self.__dict__["replaced"] = Replaced(path, original)  # not registered as a child
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Of a model: the original's, if it was kept; of the folded module alone: its own.
+        """Return its own state dict; as part of a model's, that of the original module.
 
         Raises:
-            ValueError: If a model is saved whose original weights are gone.
+            ValueError: If it is part of a model's state dict and the original was not kept.
         """
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self.replaced is None or not prefix:
             return super().state_dict(*args, **kwargs)
         if self.replaced.original is None:
             raise InputError(
-                f"{self.replaced.path} was folded by visproj.convert, and the weights that a "
-                "checkpoint would need are gone: save the model before it is folded, fold with "
-                "keep=True, or write this module alone with its save()"
+                f"{self.replaced.path} was folded by visproj.convert, and its original weights, "
+                "which a checkpoint needs, were not kept: save the model before it is folded, fold "
+                "with keep=True, or write this module alone with its save()"
             )
         return self.replaced.original.state_dict(*args, **kwargs)
 
@@ -118,11 +121,11 @@ class FoldedProjector(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A constant in the dtype and on the device that features must have."""
+        """A weight of the dtype and device that features must have."""
         raise NotImplementedError
 
     def check(self, x: Tensor, attn_mask: Tensor | None = None) -> None:
-        """Raise unless ``x`` can be projected, and no gradient is asked for."""
+        """Raise if ``x`` cannot be projected, or if a gradient is required."""
         like = self.like
         check_features(x, self.config["vis_dim"])
         if x.dtype != like.dtype or x.device != like.device:
@@ -133,12 +136,12 @@ class FoldedProjector(nn.Module):
             or any(parameter.requires_grad for parameter in self.parameters())
         ):
             raise RuntimeError(
-                "a folded projector is for inference and gives no gradients: train the projector "
-                "it was folded from, or call it under torch.no_grad()"
+                "a folded projector is inference-only and has no gradients: train the projector "
+                "that it was folded from, or call it under torch.no_grad()"
             )
 
     def is_stale(self, projector: nn.Module) -> bool:
-        """Whether ``projector`` has other weights by now than were folded; warns if so."""
+        """Return whether ``projector``'s weights differ from those that were folded; warn if so."""
         stale = weights_digest(projector) != self.config["digest"]
         if stale:
             warnings.warn(
@@ -148,7 +151,11 @@ class FoldedProjector(nn.Module):
         return stale
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, its metadata saying what was folded and for which grid."""
+        """Write a safetensors file, with metadata about what was folded and for which grid.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         metadata = {
             "format": FOLDED_FORMAT,
             "class": type(self).__name__,
@@ -158,16 +165,16 @@ class FoldedProjector(nn.Module):
             write_safetensors(partial, entries_of(self.state_dict()), metadata=metadata)
 
     def extra_repr(self) -> str:
-        """What was folded."""
+        """Return the configuration without the digest."""
         return ", ".join(f"{key}={value}" for key, value in self.config.items() if key != "digest")
 
 
 class FoldedLinear(FoldedProjector):
-    """``LinearProjector`` with constants for weights: ``[..., S, C] -> [..., S, D]``.
+    """A ``LinearProjector`` with constant weights: ``[..., S, C] -> [..., S, D]``.
 
-    Still a Linear and a LayerNorm, the fastest form there is. As a :class:`ScaledLinear` it took
-    the kernels 17.8, 53 and 186 µs instead of 9.5, 36 and 145 for 1, 8 and 32 images (H200, C 1024,
-    D 4096, 257 tokens, bf16).
+    It remains a Linear and a LayerNorm, which is the fastest form: as a :class:`ScaledLinear` it
+    took 17.8, 53 and 186 µs on the kernels instead of 9.5, 36 and 145 for 1, 8 and 32 images (H200,
+    C 1024, D 4096, 257 tokens, bf16).
     """
 
     def __init__(self, config: dict[str, Any], product: nn.Sequential) -> None:
@@ -177,12 +184,12 @@ class FoldedLinear(FoldedProjector):
 
     @property
     def like(self) -> Tensor:
-        """As :attr:`FoldedProjector.like`."""
+        """See :attr:`FoldedProjector.like`."""
         norm: Any = self.product[1]
         return norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """As :meth:`LinearProjector.forward`."""
+        """See :meth:`LinearProjector.forward`."""
         self.check(x)
         if is_plain(self.product, _LINEAR_NORM):
             return linear_layer_norm(x, *self.product)
@@ -193,7 +200,7 @@ _LINEAR_NORM: Reads = {"0": nn.Linear, "1": nn.LayerNorm}
 
 
 class FoldedViT(FoldedProjector):
-    """A ``ViTProjector``'s CLIP layer as it is, with frozen parameters, and its tail folded."""
+    """A ``ViTProjector`` with its CLIP layer frozen and its tail as a :class:`FoldedLinear`."""
 
     def __init__(self, config: dict[str, Any], vis_layer: nn.Module, tail: FoldedLinear) -> None:
         super().__init__()
@@ -203,17 +210,17 @@ class FoldedViT(FoldedProjector):
 
     @property
     def like(self) -> Tensor:
-        """As :attr:`FoldedProjector.like`."""
+        """See :attr:`FoldedProjector.like`."""
         return self.tail.like
 
     def forward(self, x: Tensor) -> Tensor:
-        """As :meth:`ViTProjector.forward`."""
+        """See :meth:`ViTProjector.forward`."""
         self.check(x)
         return self.tail(self.vis_layer(x))
 
 
 def fold_linear(projection: nn.Sequential, dtype: torch.dtype | None) -> FoldedLinear:
-    """Fold a plain Linear and the plain LayerNorm after it; the digest is the caller's to add."""
+    """Fold a plain Linear and the plain LayerNorm after it; the caller adds the digest."""
     linear: Any
     norm: Any
     linear, norm = projection
@@ -228,19 +235,19 @@ def fold_linear(projection: nn.Sequential, dtype: torch.dtype | None) -> FoldedL
 
 
 def copied_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """A frozen copy that has a bias."""
+    """Return a frozen copy, with a bias of zero if there was none."""
     bias = or_zeros(linear.bias, linear.weight)
     return frozen_linear(own(linear.weight, dtype), own(bias, dtype))
 
 
 def copied_norm(norm: nn.LayerNorm, dtype: torch.dtype) -> nn.LayerNorm:
-    """A frozen copy that has a shift."""
+    """Return a frozen copy, with a shift of zero if there was none."""
     shift = or_zeros(norm.bias, norm.weight)
     return frozen_norm(own(norm.weight, dtype), own(shift, dtype), norm.eps)
 
 
 def frozen_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """An ``nn.Linear`` that holds these tensors and trains nothing."""
+    """Return an ``nn.Linear`` with these tensors as frozen parameters."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = nn.Parameter(bias, requires_grad=False)
@@ -248,7 +255,7 @@ def frozen_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def frozen_norm(gain: Tensor, shift: Tensor, eps: float) -> nn.LayerNorm:
-    """An ``nn.LayerNorm`` that holds these tensors and trains nothing."""
+    """Return an ``nn.LayerNorm`` with these tensors as frozen parameters."""
     norm = nn.LayerNorm(gain.shape[0], eps=eps, device="meta")
     norm.weight = nn.Parameter(gain, requires_grad=False)
     norm.bias = nn.Parameter(shift, requires_grad=False)
@@ -256,16 +263,21 @@ def frozen_norm(gain: Tensor, shift: Tensor, eps: float) -> nn.LayerNorm:
 
 
 def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) -> None:
-    """Raise ``InputError`` unless calling ``projector`` does what ``kind`` does with ``reads``."""
+    """Raise ``InputError`` unless ``projector`` can be folded as a ``kind``.
+
+    Its ``forward`` must be that of ``kind``, it must have no hooks, and the children in ``reads``
+    must be plain (:func:`visproj.fusion.why_not_plain`). Every parameter must be whole and hold
+    values.
+    """
     name = type(projector).__name__
     for parameter_name, parameter in projector.named_parameters():
         if parameter.is_meta:
             raise InputError(
-                f"cannot fold {name}: its {parameter_name} is on the device meta and has no numbers"
+                f"cannot fold {name}: its {parameter_name} is on the device meta and has no values"
             )
         if getattr(parameter, "ds_shape", parameter.shape) != parameter.shape:
             raise InputError(
-                f"cannot fold {name}: ZeRO-3 keeps its {parameter_name} in pieces; fold inside "
+                f"cannot fold {name}: ZeRO-3 has partitioned its {parameter_name}; fold inside "
                 "deepspeed.zero.GatheredParameters"
             )
     reason = why_touched(projector)
@@ -281,7 +293,7 @@ def check_foldable(projector: nn.Module, kind: type[nn.Module], reads: Reads) ->
 
 
 def copied(weights: Scaled, dtype: torch.dtype) -> Scaled:
-    """The tensors in ``dtype``, none of them shared with a projector."""
+    """Return copies of the tensors in ``dtype``."""
     tensors: dict[str, Any] = {
         name: own(value, dtype) for name, value in weights._asdict().items() if name != "floor"
     }
@@ -289,12 +301,12 @@ def copied(weights: Scaled, dtype: torch.dtype) -> Scaled:
 
 
 def own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in ``dtype``, detached."""
+    """Return a detached, contiguous copy in ``dtype``."""
     return tensor.detach().to(dtype, copy=True).contiguous()
 
 
 def weights_digest(projector: nn.Module) -> str:
-    """SHA-256 of a module's state dict: names, dtypes, shapes and bytes."""
+    """Return the SHA-256 digest of a module's state dict: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(projector.state_dict().items()):
         if not isinstance(value, Tensor):  # packed weights of a quantised module

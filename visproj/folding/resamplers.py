@@ -1,4 +1,4 @@
-"""Folded resamplers: constant queries, keys and values straight from the features."""
+"""Folded resamplers: constant queries, and keys and values computed from the features."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from visproj.resampler import Resampler
 
 
 class FoldedResampler(FoldedProjector, Resampler):
-    """A resampler whose keys and values come straight from the features, with constant queries.
+    """A resampler with constant queries, and keys and values computed from the features.
 
-    Either in the form ``keys``, where one product gives keys and values, or ``absorbed``, where the
-    queries have gone through the key weights (:class:`AbsorbedQueries`).
+    In the form ``keys`` one matmul computes keys and values. In the form ``absorbed`` the queries
+    were multiplied by the key weights (:class:`AbsorbedQueries`).
     """
 
     queries: Tensor | None
-    latent: Tensor | None  # what keys and values end with, [A, 2, H, d]
+    latent: Tensor | None  # keys and values appended to those of the features, [A, 2, H, d]
 
     def __init__(
         self,
@@ -58,14 +58,14 @@ class FoldedResampler(FoldedProjector, Resampler):
 
     @property
     def like(self) -> Tensor:
-        """As :attr:`FoldedProjector.like`."""
+        """See :attr:`FoldedProjector.like`."""
         like: Any = self.kv.score_weight if self.absorbed else self.queries
         return like
 
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Resampler.resample`."""
+        """See :meth:`Resampler.resample`."""
         if not self.absorbed:
             return super().resample(features, positions, return_attention, **masks)
         count = self.query_count(features.shape[1])
@@ -73,40 +73,40 @@ class FoldedResampler(FoldedProjector, Resampler):
         return self.tail(attended), maps if return_attention else None
 
     def takes_apart(self) -> bool:
-        """As :meth:`Resampler.takes_apart`."""
+        """See :meth:`Resampler.takes_apart`."""
         return not self.absorbed
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.project`: keys and values packed."""
+        """See :meth:`Resampler.project`; keys and values are one tensor."""
         kv = self.kv(features, positions).unflatten(-1, (2, self.num_heads, -1))
         wanted: Any = self.queries
         wanted = wanted if queries is None else wanted[:queries]
         return wanted if wanted.dtype == kv.dtype else wanted.to(kv.dtype), kv
 
     def appended(self) -> tuple[Tensor, ...] | None:
-        """As :meth:`Resampler.appended`."""
+        """See :meth:`Resampler.appended`."""
         return None if self.latent is None else (self.latent,)
 
     def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`."""
+        """See :meth:`Resampler.finish`."""
         return self.tail(attended)
 
 
 class FoldedPerceiver(FoldedResampler):
-    """``PerceiverProjector`` with one product for keys and values, straight from the features.
+    """A folded ``PerceiverProjector``: one matmul computes keys and values from the features.
 
     ``K = rstd (x A_kᵀ + a_k) + pos_k``; ``V = rstd (x A_vᵀ + a_v) + c_v``; constant queries;
-    attention ``O``; then one more :class:`ScaledLinear`, or the output projection alone where the
-    projector ends with it. Per image and at ``C`` 1024, ``D`` 4096, 256 tokens: 9.6 GMACs in
-    PyTorch and 9.3 on the Triton kernels instead of upstream's 23.1.
+    attention ``O``; then one more :class:`ScaledLinear`, or only the output projection if the
+    projector ends with it. Per image at ``C`` 1024, ``D`` 4096, 256 tokens: 9.6 GMACs in PyTorch
+    and 9.3 on the Triton kernels instead of upstream's 23.1.
 
-    The constants of ``K`` that add the same number to every score of a query are gone; those of
-    ``V`` stay, so a query whose keys are all masked still gets zero attention. On another grid than
-    the one folded for, positions are resized after their projection instead of before, and rows and
-    columns one by one where the table is made of them: the same but for the rounding of an fp32
-    resize.
+    Constants of ``K`` that add the same number to every score of a query cancel in the softmax and
+    are left out. Those of ``V`` stay, so that a query whose keys are all masked still gets zero
+    attention. On a grid other than the one folded for, positions are resized after their projection
+    instead of before. If the table is separable, its rows and columns are resized separately. The
+    results are the same except for the rounding of an fp32 resize.
     """
 
     position_table: Tensor
@@ -115,7 +115,7 @@ class FoldedPerceiver(FoldedResampler):
     kv_table: Tensor
 
     def positions(self, grid: Grid) -> Tensor:
-        """As :meth:`Resampler.positions`."""
+        """See :meth:`Resampler.positions`."""
         if list(grid) == self.config["grid"]:
             return self.kv_table
         if not self.config["separable"]:
@@ -132,9 +132,10 @@ class FoldedMiniCPM2Resized(FoldedPerceiver, MiniCPM2Calls):
 
 
 class AxisPositions(FoldedResampler):
-    """Positions that are the sum of a row's and a column's, and are computed, never resized.
+    """A folded resampler whose positions are the sum of one vector per row and one per column.
 
-    Those of the rows and columns that were foreseen are kept projected.
+    Positions are computed, never resized. Projected vectors are stored for a fixed number of rows
+    and columns; for larger grids they are computed in the call.
     """
 
     position_weight: Tensor  # [D, D], or [Q H, D] of scores
@@ -142,19 +143,19 @@ class AxisPositions(FoldedResampler):
     columns: Tensor
 
     def positions(self, grid: Grid) -> Tensor:
-        """As :meth:`Resampler.positions`."""
+        """See :meth:`Resampler.positions`."""
         rows, columns = self._axis("rows", grid[0]), self._axis("columns", grid[1])
         return (rows[:, None] + columns).flatten(0, 1)
 
     def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """As :meth:`MiniCPMCalls.positions_at`."""
+        """See :meth:`MiniCPMCalls.positions_at`."""
         inside = (rows < len(self.rows)) & (columns < len(self.columns))
         down = self.rows[rows.clamp(max=len(self.rows) - 1)]
         found = down + self.columns[columns.clamp(max=len(self.columns) - 1)]
         return found.masked_fill(~inside[:, None], math.nan)
 
     def temporal_positions(self, times: Sequence[int]) -> Tensor:
-        """As :meth:`MiniCPMCalls.temporal_positions`."""
+        """See :meth:`MiniCPMCalls.temporal_positions`."""
         width = self.position_weight.shape[1]
         table = sincos_axis(width, [max(time, 0) for time in times])
         table[[time < 0 for time in times]] = 0
@@ -197,9 +198,10 @@ class FoldedKosmos2(FoldedResampler, Kosmos2Calls):
         self.gives_attention = config["gives_attention"]
 
     def with_latent(self, features: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.with_latent`; on a CPU written to where it stays, without a copy.
+        """See :meth:`Resampler.with_latent`; on a CPU keys and values are not copied to append.
 
-        On a GPU one product for all images takes less time than one per image.
+        There one matmul per image writes to its place in the result. On a GPU one matmul for all
+        images takes less time.
         """
         on_cpu = features.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -208,7 +210,7 @@ class FoldedKosmos2(FoldedResampler, Kosmos2Calls):
         linear: Any = self.kv.linear
         length = features.shape[1]
         rows = self.latent.flatten(1)  # [A, 2 D]
-        joint = features.new_empty(len(features), length + len(rows), rows.shape[1])
+        joint = features.new_empty(features.shape[0], length + len(rows), rows.shape[1])
         joint[:, length:] = rows
         for image, out in zip(features, joint, strict=True):
             torch.addmm(linear.bias, image, linear.weight.T, out=out[:length])
@@ -235,16 +237,16 @@ def folded_resampler(
     """Put a folded resampler together.
 
     Args:
-        kind: Its class.
-        resampler: What is folded.
-        parts: Its keys and values, fp64.
-        constants: Its constants, fp64.
-        tail: What comes after the attention.
-        length: Tokens of an image, by which the form is chosen.
-        form: One of :data:`FORMS`, or ``None`` for the one of fewer multiply-adds.
-        dtype: Of what is kept.
-        tables: Makes what is kept of positions, from :func:`position_weight`.
-        config: What its configuration says besides.
+        kind: Class of the folded resampler.
+        resampler: The resampler to fold.
+        parts: Weights of its keys and values, fp64.
+        constants: Its other constants, fp64.
+        tail: The folded module after the attention.
+        length: Tokens per image, for the choice of the form.
+        form: One of :data:`FORMS`, or ``None`` for the one with fewer multiply-adds.
+        dtype: Dtype of the stored tensors.
+        tables: Computes the stored position tables from :func:`position_weight`, or ``None``.
+        config: Further entries of the configuration.
     """
     queries, heads, width = constants.queries.shape
     form = choose_form(

@@ -1,4 +1,4 @@
-"""Public operations: arguments checked, dtypes settled, then handed to an implementation."""
+"""Public operations: they check arguments, cast under autocast and call an implementation."""
 
 from visproj.backend import runs_triton
 from visproj.ops.cross_attention import cross_attention, cross_attention_maps

@@ -1,4 +1,4 @@
-"""What the custom operations share around schemas, autograd and autocast."""
+"""Schemas, autograd and autocast of the custom operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_NORM_WIDTH = 16384  # the LayerNorm kernels hold a row in registers
-EMPTY = (0,)  # the shape of what an operation without a backward does not return
+EMPTY = (0,)  # shape of the placeholders for results that only a backward needs
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -23,24 +23,25 @@ _SCHEMA_TYPES = {
 
 
 def schema(inputs: type, outputs: str) -> str:
-    """Return the schema of a custom operation whose arguments are the fields of a NamedTuple."""
+    """Return the schema of a custom operator whose arguments are the fields of a NamedTuple."""
     fields = typing.get_type_hints(inputs).items()
     arguments = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields)
     return f"({arguments}) -> {outputs}"
 
 
 class Operation:
-    """A custom operation, and the short way to its body where nothing has to see the operation.
+    """A custom operator that skips PyTorch's dispatcher in calls that do not need it.
 
-    The dispatcher's way takes a compiler, an exporter, a mode or a tensor subclass along; it costs
-    some 30 µs per call, and several times that with a backward.
+    A compiler, an exporter, a mode or a tensor subclass needs the dispatcher to see the operator.
+    The dispatcher costs some 30 µs per call, and several times that with a backward.
 
     Args:
-        name: After ``visproj::``.
+        name: Name after ``visproj::``.
         inputs: The NamedTuple of its arguments.
-        outputs: Their part of the schema.
-        body: Takes what the schema says and returns that, or ``None`` for a tensor of a tuple that
-            nobody asked for: the dispatcher, which has no optional results, gets an empty one.
+        outputs: The part of the schema for the results.
+        body: Function with the arguments and results of the schema. In a tuple of results it may
+            return ``None`` for a tensor that was not requested. The dispatcher, which does not
+            support optional results, then gets an empty tensor.
     """
 
     def __init__(self, name: str, inputs: type, outputs: str, body: Callable[..., Any]) -> None:
@@ -59,10 +60,10 @@ class Operation:
     def register_autograd(
         self, differentiate: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
-        """Give the operation a backward, with the arguments of ``torch.library``'s own method."""
+        """Register a backward, with the arguments of ``torch.library.register_autograd``."""
         self.custom.register_autograd(differentiate, setup_context=setup_context)
 
-        # A setup_context of its own would have PyTorch inspect the signature in every call.
+        # With a separate setup_context PyTorch would inspect the signature in every call.
         def forward(ctx: Any, *inputs: Any) -> Any:
             found = self._body(*inputs)
             setup_context(ctx, inputs, found)
@@ -72,7 +73,7 @@ class Operation:
         self._function = type(self.custom._name, (torch.autograd.Function,), methods)
 
     def __call__(self, *inputs: Any, differentiable: bool) -> Any:
-        """Run it; ``differentiable`` says whether a backward through it may come."""
+        """Run the operator; ``differentiable`` says whether a backward through it may follow."""
         if _is_seen(inputs):
             return self.custom(*inputs)
         if differentiable:
@@ -81,7 +82,7 @@ class Operation:
 
 
 def _is_seen(inputs: tuple[Any, ...]) -> bool:
-    """Return whether a tracer, a transform, a mode or a subclass looks at operations here."""
+    """Return whether a tracer, a transform, a mode or a tensor subclass must see the operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -100,7 +101,7 @@ def in_order(inputs: Any, **gradients: Tensor | None) -> tuple[Tensor | None, ..
 
 
 def nothing_saved(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what stands for y, mean and rstd where no backward needs them."""
+    """Return empty placeholders for y, mean and rstd, which only a backward needs."""
     return like.new_empty(EMPTY), like.new_empty(EMPTY), like.new_empty(EMPTY)
 
 
@@ -111,23 +112,23 @@ def saved_like(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def saves_for_backward(*tensors: Tensor | None) -> bool:
-    """Return whether a backward through an operation on these tensors may come."""
+    """Return whether a backward through an operation on these tensors may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def has_autocast(kind: str) -> bool:
     """Return whether autocast exists for a type of device: "meta" has none."""
-    # torch 2.11 cannot trace the question, so it is not asked where the answer is known.
+    # torch 2.11 cannot trace is_autocast_available, so the common devices do not call it.
     return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
 def autocasting(kind: str) -> bool:
-    """Return whether the ambient autocast acts on a type of device."""
+    """Return whether autocast is currently enabled for a type of device."""
     return has_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 def norm_autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of ``nn.LayerNorm(nn.Linear(x))`` under the ambient autocast.
+    """Return the dtype of ``nn.LayerNorm(nn.Linear(x))`` under the current autocast.
 
     CUDA's autocast runs LayerNorm in fp32 and returns fp32; a CPU's leaves it in the lower dtype.
     """
@@ -138,7 +139,7 @@ def norm_autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def forbid_second_derivative(backward: Operation) -> None:
-    """Make a second derivative through a backward operation an error that says what to do."""
+    """Register an error for second derivatives of a backward operator; it says what to do."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(

@@ -100,7 +100,7 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 
 
 def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Return the tensors as a matrix product would take them under the ambient autocast, if any."""
+    """Return the tensors in the dtype that autocast, if it is enabled, uses for matmuls."""
     kind = first.device.type
     if not autocasting(kind) or first.dtype == torch.float64:
         return first, *others

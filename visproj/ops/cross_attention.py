@@ -35,11 +35,13 @@ __all__ = [
 ]
 
 MAX_HEAD_WIDTH = 256
-_MASK_MULTIPLE = 128  # every tile of keys divides it, so that no kernel masks what is masked
+# Masks are padded with -inf to a multiple of this, which every key tile divides: so a kernel with a
+# mask needs no bounds check of the keys.
+_MASK_MULTIPLE = 128
 
 
 class Inputs(NamedTuple):
-    """Arguments of the custom operation; see :func:`cross_attention`."""
+    """Arguments of the custom operator; see :func:`cross_attention`."""
 
     q: Tensor
     k: Tensor
@@ -49,9 +51,9 @@ class Inputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Arguments of the backward operation."""
+    """Arguments of the backward operator."""
 
-    dout: Tensor  # of the output
+    dout: Tensor  # gradient of the output
     q: Tensor
     k: Tensor
     v: Tensor | None
@@ -69,18 +71,19 @@ def cross_attention(
     key_padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention with masks as ``nn.MultiheadAttention`` takes them.
+    """Compute scaled dot-product attention, with masks as ``nn.MultiheadAttention`` takes them.
 
     ``out[b, :, h] = softmax(q[b, :, h] k[b, :, h]ᵀ / sqrt(d) + mask) v[b, :, h]``. A query whose
     keys are all masked attends to nothing: its output is zero.
 
     Args:
         q: ``[Q, H, d]`` shared by the batch, or ``[B, Q, H, d]``.
-        k: ``[B, L, H, d]``, or keys and values packed as ``[B, L, 2, H, d]``, whose gradient is
-            then packed as well.
-        v: ``[B, L, H, d]``, ``None`` beside packed keys and values.
+        k: ``[B, L, H, d]``, or keys and values as one tensor ``[B, L, 2, H, d]``, whose gradient is
+            then one tensor too.
+        v: ``[B, L, H, d]``, or ``None`` if ``k`` holds keys and values.
         attn_mask: ``[Q, L]`` or ``[B * H, Q, L]`` with index ``b * H + h``; bool, True = masked
-            out, or floating, added to the scores. One that requires a gradient goes to PyTorch.
+            out, or floating, added to the scores. With a mask that requires a gradient, PyTorch
+            runs instead of the kernels.
         key_padding_mask: bool ``[B, L]``, True = padding.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
@@ -91,7 +94,7 @@ def cross_attention(
         TypeError: If a tensor is not floating point, a mask is neither bool nor floating, or,
             outside autocast, the dtypes differ.
         ValueError: If shapes do not fit or devices differ.
-        RuntimeError: If ``"triton"`` was asked for and cannot run here.
+        RuntimeError: If ``"triton"`` was chosen and cannot run here.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
     """
@@ -126,7 +129,7 @@ def cross_attention_maps(
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention probabilities of :func:`cross_attention`, for a person to look at.
+    """Return the attention probabilities of :func:`cross_attention`, for inspection.
 
     Args:
         q: ``[Q, H, d]`` or ``[B, Q, H, d]``.
@@ -143,7 +146,7 @@ def cross_attention_maps(
     """
     shape = _check(q, k, None)
     if not q.shape[-1]:
-        raise InputError("q and k have a head width of 0, which gives no scores to be shown")
+        raise InputError("q and k have a head width of 0, for which scores are not defined")
     check_masks(k, shape, attn_mask, key_padding_mask)
     return eager.cross_attention_maps(q, k, attn_mask, key_padding_mask)
 
@@ -176,7 +179,7 @@ def _unpack(kv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-    """The result, and the statistics of its softmax that the backward needs."""
+    """Return the result, and with ``save`` the softmax statistics that the backward needs."""
     from visproj.kernels.cross_attention import cross_attention_fwd
 
     q, k, v, mask, save = Inputs(*inputs)
@@ -198,7 +201,7 @@ def _(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, save: bool) -
 
 
 def _run_bwd(*inputs: Any) -> list[Tensor]:
-    """dq, and dk and dv or both packed."""
+    """Return dq, then dk and dv or one tensor with both."""
     from visproj.kernels.cross_attention_backward import cross_attention_bwd
 
     dout, q, k, v, mask, out, statistics = BackwardInputs(*inputs)

@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: what a CPU runs. Arguments are as the operations take them."""
+"""The operations in plain PyTorch, as a CPU runs them. Arguments are those of the operations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def linear_layer_norm(
     shift: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``LayerNorm(x Wᵀ + b)``."""
-    # Features without their CLS row: PyTorch would copy a frozen weight for every image instead.
+    """Compute ``LayerNorm(x Wᵀ + b)``."""
+    # Features without their CLS row are copied: else PyTorch copies a frozen weight per image.
     return F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)
 
 
@@ -40,7 +40,7 @@ def linear_norm_linear(
     queried: int,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """``LayerNorm(x Wᵀ + b) Vᵀ + d``, and the queries' own product."""
+    """Compute ``LayerNorm(x Wᵀ + b) Vᵀ + d``, and the projection of the queries."""
     first, (out_weight, out_bias) = queried_and_others(out_weight, out_bias, queried)
     projected = None if queries is None else F.linear(queries, *first)
     normal = F.layer_norm(F.linear(x.contiguous(), weight, bias), gain.shape, gain, shift, eps)
@@ -57,7 +57,7 @@ def linear_norm_linear(
 def queried_and_others(
     weight: Tensor, bias: Tensor | None, queried: int
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the outputs that are the queries', and of the others."""
+    """Split weight and bias into those of the queries' outputs and those of the others."""
     first, others = weight.tensor_split([queried])
     first_bias, other_bias = (None, None) if bias is None else bias.tensor_split([queried])
     return (first, first_bias), (others, other_bias)
@@ -73,8 +73,8 @@ def folded_linear(
     table: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``rstd (x Wᵀ + bias) + shift + table``."""
-    # Features without their CLS row: PyTorch would copy the weights for every image instead.
+    """Compute ``rstd (x Wᵀ + bias) + shift + table``."""
+    # Features without their CLS row are copied: else PyTorch copies the weights per image.
     x = x.contiguous()
     return scale_rows(F.linear(x, weight, bias), x, stats_weight, stats_bias, shift, table, eps)
 
@@ -88,18 +88,19 @@ def scale_rows(
     table: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``rstd out + shift + table`` in place, ``rstd = (‖x factorᵀ + factor_bias‖² + eps)^(-1/2)``.
+    """Compute ``rstd out + shift + table`` in place.
 
-    ``rstd`` is up to ``eps^(-1/2)`` = 1e6, more than fp16 can hold: it stays in fp32.
+    ``rstd = (‖x factorᵀ + factor_bias‖² + eps)^(-1/2)`` is up to ``eps^(-1/2)`` = 1e6, more than
+    fp16 can hold: it stays in fp32.
     """
     rstd = row_scale(x, factor, factor_bias, eps)
     shift = out.new_zeros(out.shape[-1]) if shift is None else shift.to(out.dtype)
     if table is None:
         return _scale(out, rstd, shift)
     columns = table.shape[-1]
-    if _is_traced():  # and cannot write to a part of a tensor
+    if _is_traced():  # a trace cannot write to a part of a tensor
         return _scale(out, rstd, F.pad(table, (0, out.shape[-1] - columns)).to(out.dtype) + shift)
-    first, rest = out.tensor_split([columns], -1)  # so that no table of the whole width is made
+    first, rest = out.tensor_split([columns], -1)  # avoids a padded copy of the table
     _scale(first, rstd, table.to(out.dtype) + shift[:columns])
     if columns < out.shape[-1]:
         _scale(rest, rstd, shift[columns:])
@@ -111,15 +112,15 @@ def _is_traced() -> bool:
 
 
 def row_scale(x: Tensor, factor: Tensor, factor_bias: Tensor, eps: float) -> Tensor:
-    """``rstd [..., 1]`` of :func:`scale_rows`, at least in fp32."""
+    """Compute ``rstd [..., 1]`` of :func:`scale_rows`, at least in fp32."""
     return (_row_squares(x, factor, factor_bias) + eps).rsqrt()
 
 
 def _scale(out: Tensor, rstd: Tensor, added: Tensor) -> Tensor:
-    """``rstd out + added`` in place, in the dtype of ``rstd``."""
+    """Compute ``rstd out + added`` in place, in the dtype of ``rstd``."""
     if out.dtype == rstd.dtype or out.device.type != "cpu" or _is_traced() or not out.numel():
         return torch.addcmul(added, out, rstd, out=out)
-    # A CPU's addcmul copies what it widens: some rows of each image at a time stay in the cache.
+    # On a CPU addcmul copies to the wider dtype: a few rows at a time, the copy stays in the cache.
     length = out.shape[-2]
     step = max(1, _WIDENED * length // out.numel())
     for first in range(0, length, step):
@@ -133,10 +134,10 @@ _WIDENED = 2**19  # elements, 2 MiB of fp32
 
 
 def _row_squares(x: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
-    """``‖x factorᵀ + bias‖²`` of an upper triangular ``factor``, at least in fp32: ``[..., 1]``.
+    """Compute ``‖x factorᵀ + bias‖² [..., 1]`` for a triangular ``factor``, at least in fp32.
 
-    A product with some of its rows starts at the first column in which they are not zero: with
-    eight products 7/16 of the multiply-adds are skipped.
+    The upper triangular ``factor`` is split into blocks of rows. The matmul with a block starts at
+    its first nonzero column: with eight blocks 7/16 of the multiply-adds are skipped.
     """
     rows = x.flatten(0, -2)
     count = len(factor)
@@ -150,7 +151,7 @@ def _row_squares(x: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(norms).square().sum(0).view(*x.shape[:-1], 1)
 
 
-_LEAST_ROWS = 256  # of a product that still uses a CPU well
+_LEAST_ROWS = 256  # of a block: fewer rows use a CPU badly
 
 
 def cross_attention(
@@ -160,7 +161,7 @@ def cross_attention(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
-    """SDPA over merged masks; shared queries stay shared."""
+    """Compute SDPA with merged masks; shared queries are not copied."""
     batch, _, heads, _ = k.shape
     mask = dead = None
     if attn_mask is not None or key_padding_mask is not None:
@@ -169,7 +170,7 @@ def cross_attention(
     if on_gpu:
         q, k, v = map(_in_sixteens, (q, k, v))
     queries, keys, values = (t.transpose(-3, -2).expand(batch, -1, -1, -1) for t in (q, k, v))
-    if heads == 0:  # for which SDPA on a GPU fails in backward
+    if heads == 0:  # SDPA's backward on a GPU fails for it
         return (queries @ keys.transpose(-1, -2) @ values).transpose(1, 2)
     if on_gpu and mask is not None and mask.requires_grad and not queries.requires_grad:
         queries = queries.detach().requires_grad_()  # else SDPA keeps no statistics for backward
@@ -182,9 +183,9 @@ def cross_attention(
 
 
 def _in_sixteens(tensor: Tensor) -> Tensor:
-    """Return a tensor all of whose rows begin at multiples of 16 bytes.
+    """Return the tensor, copied unless all its rows are aligned to 16 bytes.
 
-    FlashAttention on a GPU reads 16 bytes at a time and SDPA does not look whether it may.
+    FlashAttention on a GPU reads 16 bytes at a time, and SDPA does not check the alignment.
     """
     steps = tensor.storage_offset(), *tensor.stride()[:-1]
     aligned = all(step * tensor.element_size() % 16 == 0 for step in steps)
@@ -194,7 +195,7 @@ def _in_sixteens(tensor: Tensor) -> Tensor:
 def cross_attention_maps(
     q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
 ) -> Tensor:
-    """Probabilities ``[B, H, Q, L]`` in fp32, for fp64 inputs in fp64."""
+    """Return the probabilities ``[B, H, Q, L]`` in fp32, or fp64 for fp64 inputs."""
     batch, _, heads, width = k.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries, keys = (t.transpose(-3, -2).to(dtype) for t in (q, k))

@@ -1,4 +1,4 @@
-"""A Linear whose rows are scaled by the norm of another one: what a LayerNorm folds into."""
+"""The row-scaled Linear that a Linear and the LayerNorm after it fold into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visproj.ops.checks import check_all_floating, check_operands, to_autocast_d
 
 
 class Inputs(NamedTuple):
-    """Arguments of the custom operation; see :func:`folded_linear`."""
+    """Arguments of the custom operator; see :func:`folded_linear`."""
 
     x: Tensor
     weight: Tensor
@@ -38,31 +38,32 @@ def folded_linear(
     eps: float,
     backend: str | None = None,
 ) -> Tensor:
-    """A product whose rows are scaled by a reciprocal deviation that the inputs themselves give.
+    """Compute a Linear whose rows are scaled by a reciprocal deviation computed from the input.
 
-    ``out = rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``. With
-    ``sqrt(D) [R | r]`` the triangular QR factor of ``[V_c | b_c]``, a Linear of ``D`` outputs
-    centred over them, ``rstd`` is that of a LayerNorm after it. The kernels skip the zero half of
-    ``R`` and store neither ``x Rᵀ`` nor ``rstd``. For inference: it has no gradient.
+    ``out = rstd (x Wᵀ + a) + shift + table`` with ``rstd = (‖x Rᵀ + r‖² + eps)^(-1/2)``. Let
+    ``[V_c | b_c]`` be weight and bias of a Linear with ``D`` outputs, centred over the outputs. If
+    ``sqrt(D) [R | r]`` is its triangular QR factor, ``rstd`` is that of a LayerNorm after this
+    Linear. The kernels skip the zero half of ``R`` and store neither ``x Rᵀ`` nor ``rstd``. The
+    operation is inference-only: it has no gradient.
 
     Args:
         x: ``[..., L, C]``, floating, any strides.
         weight: ``W``, ``[N, C]``.
         bias: ``a``, ``[N]``.
         stats_weight: ``R``, ``[<= C, C]``, zero below its diagonal.
-        stats_bias: ``r``, as many as ``R`` has rows.
+        stats_bias: ``r``, ``[rows of R]``.
         shift: ``[N]`` or ``None``.
         table: ``[L, columns]``, added to the first columns of every image, or ``None``.
-        eps: Added to the square.
+        eps: Added to the squared norm.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
     Returns:
-        ``[..., L, N]`` in the dtype of ``x``, under autocast in its dtype.
+        ``[..., L, N]`` in the dtype of ``x``, or under autocast in autocast's dtype.
 
     Raises:
         TypeError: If ``x`` is not floating point or, outside autocast, the dtypes differ.
         ValueError: If shapes do not fit or devices differ.
-        RuntimeError: If ``"triton"`` was asked for and cannot run here.
+        RuntimeError: If ``"triton"`` was chosen and cannot run here.
 
     Source: a matrix and its QR factor give every vector the same norm (Golub and Van Loan, "Matrix
     Computations", section 5.2), here ``‖V_c x + b_c‖ = sqrt(D) ‖R x + r‖``.
@@ -73,7 +74,7 @@ def folded_linear(
 
 
 def fitting_folded_linear(inputs: Inputs, backend: str | None = None) -> Tensor:
-    """:func:`folded_linear` of operands that are known to fit one another."""
+    """Compute :func:`folded_linear` for operands that are known to fit one another."""
     x, eps = inputs.x, inputs.eps
     if not runs_triton(x, backend) or not x.numel() * inputs.weight.shape[0]:
         return eager.folded_linear(*inputs)
@@ -144,7 +145,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 def _refuse(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(
-        "visproj::folded_linear has no gradient: it is for inference, under torch.no_grad()"
+        "visproj::folded_linear has no gradient, it is inference-only: call it under "
+        "torch.no_grad()"
     )
 
 

@@ -25,7 +25,7 @@ from visproj.ops.checks import check_all_floating, check_operands, to_autocast_d
 
 
 class Inputs(NamedTuple):
-    """Arguments of the custom operation; see :func:`linear_layer_norm`."""
+    """Arguments of the custom operator; see :func:`linear_layer_norm`."""
 
     x: Tensor
     weight: Tensor
@@ -38,15 +38,15 @@ class Inputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Arguments of the backward operation."""
+    """Arguments of the backward operator."""
 
-    grad: Tensor  # of the output
+    grad: Tensor  # gradient of the output
     x: Tensor
     weight: Tensor
     gain: Tensor
     y: Tensor  # x Wᵀ + b
-    mean: Tensor  # of the rows of y, as rstd
-    rstd: Tensor
+    mean: Tensor  # mean of the rows of y
+    rstd: Tensor  # reciprocal deviation of the rows of y
     needs_dx: bool
 
 
@@ -81,7 +81,7 @@ def linear_layer_norm(
     Raises:
         TypeError: If ``x`` is not floating point or, outside autocast, the dtypes differ.
         ValueError: If shapes do not fit or devices differ.
-        RuntimeError: If ``"triton"`` was asked for and cannot run here.
+        RuntimeError: If ``"triton"`` was chosen and cannot run here.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``build_projection``.
     """
@@ -109,7 +109,7 @@ def linear_layer_norm(
 
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """The result, and with ``save`` y and its rows' mean and rstd for the backward."""
+    """Return the result, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
 
     x, weight, bias, gain, shift, eps, out_dtype, save = Inputs(*inputs)
@@ -140,7 +140,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run_bwd(*inputs: Any) -> list[Tensor]:
-    """dweight, dbias, dgain, dshift and, where it is wanted, dx."""
+    """Return dweight, dbias, dgain, dshift and, if it is needed, dx."""
     from visproj.kernels.layer_norm import layer_norm_bwd
 
     grad, x, weight, gain, y, mean, rstd, needs_dx = BackwardInputs(*inputs)

@@ -1,4 +1,4 @@
-"""Linear, LayerNorm and Linear, the normalised rows between them never stored."""
+"""Linear, LayerNorm and Linear, without saving the normalised rows for the backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from visproj.ops.checks import check_all_floating, check_operands, to_autocast_d
 
 
 class Inputs(NamedTuple):
-    """Arguments of the custom operation; see :func:`linear_norm_linear`."""
+    """Arguments of the custom operator; see :func:`linear_norm_linear`."""
 
     x: Tensor
     weight: Tensor
@@ -43,10 +43,10 @@ class Inputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Arguments of the backward operation."""
+    """Arguments of the backward operator."""
 
-    grad: Tensor  # of the output
-    grad_queries: Tensor | None  # of the queries' product
+    grad: Tensor  # gradient of the output
+    grad_queries: Tensor | None  # gradient of the projected queries
     x: Tensor
     weight: Tensor
     gain: Tensor
@@ -55,8 +55,8 @@ class BackwardInputs(NamedTuple):
     positions: Tensor | None
     queries: Tensor | None
     y: Tensor  # x Wᵀ + b
-    mean: Tensor  # of the rows of y, as rstd
-    rstd: Tensor
+    mean: Tensor  # mean of the rows of y
+    rstd: Tensor  # reciprocal deviation of the rows of y
     positioned: int
     queried: int
     eps: float
@@ -81,10 +81,10 @@ def linear_norm_linear(
     queried: int = 0,
     backend: str | None = None,
 ) -> Any:
-    """A Linear on the normalised rows of another: ``LayerNorm(x Wᵀ + b) Vᵀ + d``.
+    """Compute a Linear, a LayerNorm and a second Linear: ``LayerNorm(x Wᵀ + b) Vᵀ + d``.
 
-    The rows are normalised in place where no backward needs them; for a backward only ``y = x Wᵀ +
-    b`` is saved, with the mean and deviation of its rows.
+    Without a backward, the rows are normalised in place. For a backward, only ``y = x Wᵀ + b`` and
+    the mean and reciprocal deviation of its rows are saved.
 
     Args:
         x: ``[B, L, C]``, floating, any strides.
@@ -95,22 +95,24 @@ def linear_norm_linear(
         eps: Added to the variance.
         out_weight: ``V``, ``[queried + N, D]``.
         out_bias: ``d``, ``[queried + N]`` or ``None``.
-        positions: ``[L, D]``, added to every image's normalised rows for the first ``positioned``
-            outputs only; their product with ``V`` is made once for all images.
-        positioned: How many outputs see the positions.
-        queries: ``[Q, D]``, rows as they are that the first outputs are for, as of an attention's
-            joint projection: its gradient is then written in one piece. Or ``None``.
-        queried: How many outputs are the queries'; ``x`` has the others.
+        positions: ``[L, D]`` or ``None``: added to the normalised rows of every image, but only for
+            the first ``positioned`` of the ``N`` outputs. They are multiplied by ``V`` once for all
+            images.
+        positioned: Number of outputs that get positions.
+        queries: ``[Q, D]`` or ``None``: rows that are multiplied by the first ``queried`` rows of
+            ``V``, without LayerNorm or positions. So ``V`` can be an attention's joint weight for
+            queries, keys and values, whose gradient is then written as one tensor.
+        queried: Number of outputs for ``queries``; the other ``N`` outputs are for ``x``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
     Returns:
-        ``[B, L, N]`` in the dtype of ``x``, under autocast in its dtype; with queries also their
-        product, ``[Q, queried]``.
+        ``[B, L, N]`` in the dtype of ``x``, or under autocast in autocast's dtype. With
+        ``queries`` also their projection, ``[Q, queried]``.
 
     Raises:
         TypeError: If ``x`` is not floating point or, outside autocast, the dtypes differ.
         ValueError: If shapes do not fit or devices differ.
-        RuntimeError: If ``"triton"`` was asked for and cannot run here.
+        RuntimeError: If ``"triton"`` was chosen and cannot run here.
 
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
     """
@@ -163,7 +165,7 @@ def _check(inputs: Inputs) -> None:
 
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """The results, and with ``save`` y and its rows' mean and rstd for the backward."""
+    """Return the results, and with ``save`` y and its rows' mean and rstd for the backward."""
     from visproj.kernels.layer_norm import layer_norm_fwd
     from visproj.kernels.linear import Epilogue, library_product, linear_fwd
 
@@ -177,7 +179,8 @@ def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
         projected = F.linear(given.queries, query_weight, query_bias)
     if given.positions is not None:
         table = F.linear(given.positions, out_weight[: given.positioned])
-    # What a library's product would have to copy first, as features without their CLS row.
+    # PyTorch's matmul copies x first if it is not contiguous, as features without their CLS row
+    # are. The kernel reads them in place.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, Epilogue(bias))
     normal, mean, rstd = layer_norm_fwd(
         y.contiguous(),
@@ -211,7 +214,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _run_bwd(*inputs: Any) -> list[Tensor]:
-    """Those of all weights; dx, dpositions and dqueries where wanted."""
+    """Return the gradients of all weights, then dx, dpositions and dqueries if needed."""
     from visproj.kernels.layer_norm import layer_norm_bwd
     from visproj.kernels.linear_backward import linear_bwd_weight
 

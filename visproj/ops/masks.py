@@ -53,11 +53,11 @@ def merge_masks(
     heads: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return one mask for SDPA that broadcasts to [B, H, Q, L], and its rows without a key.
+    """Return one mask for SDPA that broadcasts to [B, H, Q, L], and its fully masked rows.
 
-    Bool masks merge into a bool one (True = attend, SDPA's sense), anything else into an additive
-    one of ``dtype``. Rows without a key are opened up, so that neither they nor their gradients are
-    NaN in any SDPA kernel; the caller zeroes what comes out of them. One mask must be given.
+    Bool masks are merged into a bool mask (True = attend, as in SDPA), others into an additive mask
+    of ``dtype``. Fully masked rows are unmasked in the result, so that no SDPA kernel gives NaN for
+    them or their gradients; the caller sets their outputs to zero. At least one mask must be given.
     """
     padding = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     if attn_mask is not None:
@@ -81,7 +81,7 @@ def additive_mask(
     heads: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Return both masks as one to add to the scores, ``[B or 1, H or 1, Q or 1, L]``."""
+    """Return one mask ``[B or 1, H or 1, Q or 1, L]`` to add to the scores, or ``None``."""
     mask = None
     if attn_mask is not None:
         mask = attn_mask.unflatten(0, (batch, heads)) if attn_mask.ndim == 3 else attn_mask

@@ -1,4 +1,4 @@
-"""Attention of shared queries over images of different sizes, their keys one after another."""
+"""Attention of shared queries over images of different sizes, with packed keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from visproj.ops.cross_attention import MAX_HEAD_WIDTH
 
 
 class Inputs(NamedTuple):
-    """Arguments of the custom operation; see :func:`packed_cross_attention`."""
+    """Arguments of the custom operator; see :func:`packed_cross_attention`."""
 
     q: Tensor
     k: Tensor
@@ -35,9 +35,9 @@ class Inputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """Arguments of the backward operation."""
+    """Arguments of the backward operator."""
 
-    dout: Tensor
+    dout: Tensor  # gradient of the output
     q: Tensor
     k: Tensor
     v: Tensor | None
@@ -55,15 +55,16 @@ def packed_cross_attention(
     lengths: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`visproj.ops.cross_attention` of shared queries over images of different lengths.
+    """Compute :func:`visproj.ops.cross_attention` of shared queries over packed images.
 
-    PyTorch takes one image after another, the kernels read where each image begins.
+    PyTorch computes one image after another. The kernels take all images at once, and read where
+    the keys of each begin.
 
     Args:
         q: ``[Q, H, d]``.
         k: ``[T, H, d]``, image after image, or keys and values packed as ``[T, 2, H, d]``.
-        v: ``[T, H, d]``, ``None`` beside packed keys and values.
-        lengths: How many keys each image has; none is zero, and their sum is ``T``.
+        v: ``[T, H, d]``, or ``None`` if ``k`` holds keys and values.
+        lengths: Number of keys of each image, at least 1; their sum is ``T``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`visproj.use_backend`.
 
     Returns:
@@ -72,7 +73,7 @@ def packed_cross_attention(
     Raises:
         TypeError: If a tensor is not floating point or, outside autocast, the dtypes differ.
         ValueError: If shapes or lengths do not fit or devices differ.
-        RuntimeError: If ``"triton"`` was asked for and cannot run here.
+        RuntimeError: If ``"triton"`` was chosen and cannot run here.
 
     Source: the layout is FlashAttention's, Dao 2023, "FlashAttention-2".
     """
@@ -92,7 +93,7 @@ def packed_cross_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor | None, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keys and values apart, or the error that :func:`packed_cross_attention` names."""
+    """Return keys and values separately, or raise as :func:`packed_cross_attention` says."""
     check_all_floating(q=q, k=k)
     if q.ndim != 3 or k.ndim != (3 if v is not None else 4) or (v is None and k.shape[1] != 2):
         raise InputError(
@@ -106,13 +107,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, lengths: Sequence[int]) -> tu
             f"{list(keys.shape[1:])}"
         )
     if not lengths or min(lengths) < 1 or sum(lengths) != len(keys):
-        raise InputError(f"lengths {list(lengths)} do not cut {len(keys)} keys into images")
+        raise InputError(
+            f"lengths must be positive and add up to the {len(keys)} keys, got {list(lengths)}"
+        )
     check_operands("q", q, {"k": (keys, keys.shape), "v": (values, keys.shape)})
     return keys, values
 
 
 def _apart(k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values as a batch of one, ``[1, T, H, d]``."""
+    """Return keys and values as a batch of one, ``[1, T, H, d]``."""
     keys, values = (k, v) if v is not None else k.unbind(1)
     return keys[None], values[None]
 
@@ -141,7 +144,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run_bwd(*inputs: Any) -> list[Tensor]:
-    """dq, and dk and dv or both packed."""
+    """Return dq, then dk and dv or one tensor with both."""
     from visproj.kernels.cross_attention_backward import cross_attention_bwd
 
     given = BackwardInputs(*inputs)

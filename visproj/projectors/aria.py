@@ -1,4 +1,4 @@
-"""Aria's projector: its features are normalised, and their number decides how many queries ask."""
+"""Aria's projector: the number of visual tokens decides the number of queries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _READS: Reads = {
 
 
 class AriaCrossAttention(nn.Module):
-    """The layers around Aria's attention, which :class:`AriaProjector` calls one by one."""
+    """The layers of Aria's cross-attention, which :class:`AriaProjector` calls one by one."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class AriaCrossAttention(nn.Module):
 
 
 class AriaMLP(nn.Module):
-    """``gelu(x W_inᵀ) W_outᵀ`` with the approximation by tanh."""
+    """Aria's MLP: ``gelu(x W_inᵀ) W_outᵀ`` with the tanh approximation of GELU."""
 
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class AriaMLP(nn.Module):
         self.act = nn.GELU("tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., C] -> [..., D]``."""
+        """Apply the MLP: ``[..., C] -> [..., D]``."""
         return self.linear_out(self.act(self.linear_in(x)))
 
 
@@ -83,7 +83,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         lang_dim: Width ``D`` of the language model.
         patch_to_query_dict: The number of queries for each number of tokens.
         num_heads: Attention heads.
-        num_queries: Rows of ``query``; the most of ``patch_to_query_dict`` when ``None``.
+        num_queries: Rows of ``query``; the largest number in ``patch_to_query_dict`` when ``None``.
         hidden: Width inside the MLP, ``D`` when ``None``.
 
     Source: transformers ``models/aria/modeling_aria.py``, ``AriaProjector``.
@@ -117,7 +117,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Resampler.resample`; ``cross_attn`` is called whole where it was changed."""
+        """See :meth:`Resampler.resample`; ``cross_attn`` is called if it was changed."""
         if why_touched(self.cross_attn) is None:
             return super().resample(features, positions, return_attention, **masks)
         if return_attention:
@@ -132,20 +132,20 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         return self.feed_forward(self.layer_norm(attended)), None
 
     def takes_apart(self) -> bool:
-        """As :meth:`Resampler.takes_apart`."""
+        """See :meth:`Resampler.takes_apart`."""
         return why_touched(self.cross_attn) is None and super().takes_apart()
 
     def tokens(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`MultiheadResampler.tokens`."""
+        """See :meth:`MultiheadResampler.tokens`."""
         cross: Any = self.cross_attn
         latents = cross.q_proj(cross.layer_norm(self.query[:queries]))
         states = cross.layer_norm_kv(features)
         return latents, cross.k_proj(states), cross.v_proj(states)
 
     def finish_projected(self, x: Tensor) -> Tensor:
-        """Linear, LayerNorm and MLP."""
+        """Apply Linear, LayerNorm and MLP."""
         cross: Any = self.cross_attn
         return self.feed_forward(self.layer_norm(cross.dropout(cross.linear(x))))
 
@@ -157,7 +157,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         dtype: torch.dtype | None = None,
         form: str | None = None,
     ) -> FoldedResampler:
-        """As :func:`visproj.fold`."""
+        """See :func:`visproj.fold`."""
         check_foldable(self, FoldedAria, _READS)
         cross: Any = self.cross_attn
         mlp: Any = self.feed_forward
@@ -211,9 +211,9 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         )
 
     def _check_whole(self, cross: Any, mlp: Any) -> None:
-        """Raise unless the containers do what they do in Aria."""
+        """Raise unless ``cross_attn`` and ``feed_forward`` compute what they compute in Aria."""
         probe = torch.linspace(-4, 4, 33)
-        # Two ways to write one approximation differ by roundings, another one by 1e-4 and more.
+        # Two ways to write this approximation differ by roundings, other forms by 1e-4 and more.
         if not torch.allclose(mlp.act(probe), F.gelu(probe, approximate="tanh"), atol=1e-5):
             raise InputError("cannot fold feed_forward of AriaProjector: act is not gelu_new")
         for name, child in (("cross_attn", cross), ("feed_forward", mlp)):

@@ -1,4 +1,4 @@
-"""Learned queries that attend through an ``nn.MultiheadAttention`` to normalised features."""
+"""Resamplers with an ``nn.MultiheadAttention``, and their folding."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ _QUERIES: Reads = {"ln_q": nn.LayerNorm}
 
 
 class MultiheadResampler(Resampler):
-    """A resampler with an ``nn.MultiheadAttention``, which it takes apart where it may.
+    """A resampler that reads the parameters of its ``nn.MultiheadAttention``, if that is plain.
 
-    A subclass gives :meth:`tokens`, what attention is called with, and :meth:`finish_projected`.
+    A subclass implements :meth:`tokens`, which computes the inputs of the attention, and
+    :meth:`finish_projected`.
 
     Attributes:
-        attention: The name of the attention.
+        attention: Name of the attention module.
     """
 
     attention: ClassVar[str] = "attn"
@@ -49,15 +50,15 @@ class MultiheadResampler(Resampler):
     def tokens(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[Q, D]``, keys and values ``[B, L, D]``, before the attention projects them."""
+        """Compute the inputs of the attention: queries ``[Q, D]``, keys, values ``[B, L, D]``."""
         raise NotImplementedError
 
     def finish_projected(self, x: Tensor) -> Tensor:
-        """Everything after the attention's own output projection."""
+        """Compute everything after the attention's own output projection."""
         return x
 
     def takes_apart(self) -> bool:
-        """As :meth:`Resampler.takes_apart`: whether the attention's parameters may be read."""
+        """See :meth:`Resampler.takes_apart`; true if the attention's parameters may be read."""
         return is_plain(self, {self.attention: nn.MultiheadAttention})
 
     def _attention(self) -> Any:
@@ -66,7 +67,7 @@ class MultiheadResampler(Resampler):
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Resampler.resample`, attention called whole where it cannot be taken apart."""
+        """See :meth:`Resampler.resample`; the attention is called if it may not be split."""
         if self.takes_apart():
             return super().resample(features, positions, return_attention, **masks)
         if positions is not None:
@@ -80,7 +81,7 @@ class MultiheadResampler(Resampler):
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.project`."""
+        """See :meth:`Resampler.project`."""
         attn = self._attention()
         bias = attn.in_proj_bias
         biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -93,19 +94,19 @@ class MultiheadResampler(Resampler):
         return tuple(F.linear(*parts).unflatten(-1, (self.num_heads, -1)) for parts in rows)
 
     def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`."""
+        """See :meth:`Resampler.finish`."""
         return self.finish_projected(self._attention().out_proj(attended))
 
 
 class AttentionResampler(MultiheadResampler):
-    """Learned queries and ``nn.MultiheadAttention`` over normalised features.
+    """A resampler with learned queries and ``nn.MultiheadAttention`` over normalised features.
 
     ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
     multi-head attention. ``pos`` is a frozen 2-D sine-cosine table over the query grid, ``pos_k``
     the same table resized bicubically to the grid of the features. The queries are normalised and
     projected once per call. A child that does more than apply its weights (LoRA, hooks) is called
-    instead of being fused, at the cost of its own stage alone. Where ``kv_proj`` is an
-    ``nn.Identity``, features are normalised as they come.
+    instead of being fused; only its own stage becomes slower. If ``kv_proj`` is an ``nn.Identity``,
+    the features are normalised directly.
 
     Args:
         vis_dim: Width ``C`` of the features.
@@ -113,7 +114,7 @@ class AttentionResampler(MultiheadResampler):
         query_grid: Rows and columns of the queries.
         num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
         has_cls: Whether the first visual token is a CLS token, to be dropped.
-        eps: Of the LayerNorms.
+        eps: Eps of the LayerNorms.
         table: Whether there is a table ``pos_embed`` over the query grid.
     """
 
@@ -154,20 +155,20 @@ class AttentionResampler(MultiheadResampler):
         self.ln_kv = nn.LayerNorm(embed_dim, eps=eps)
 
     def positions(self, grid: Grid) -> Tensor:
-        """As :meth:`Resampler.positions`."""
+        """See :meth:`Resampler.positions`."""
         return self._resized(self.pos_embed, self.query_grid, grid)
 
     def latents(self) -> Tensor:
-        """The queries ``[Q, D]`` as attention takes them."""
+        """Compute the queries ``[Q, D]`` as inputs of the attention."""
         return self.ln_q(self.query) + self.pos_embed
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.project`.
+        """See :meth:`Resampler.project`.
 
-        On the kernels keys and values come from one product, and so do the keys' positions for all
-        images.
+        On the kernels one matmul computes keys and values, and the positions of the keys are
+        projected once for all images.
         """
         if ops.runs_triton(features) and is_plain(self, _NORMALISED):
             kv, q = linear_norm_linear(
@@ -188,12 +189,12 @@ class AttentionResampler(MultiheadResampler):
     def tokens(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`MultiheadResampler.tokens`."""
+        """See :meth:`MultiheadResampler.tokens`."""
         values = self._normalised(features)
         return self.latents(), values if positions is None else values + positions, values
 
     def _normalised(self, features: Tensor) -> Tensor:
-        """``LN_kv(x W_kvᵀ + b_kv)``, ``[B, L, D]``."""
+        """Compute ``LN_kv(x W_kvᵀ + b_kv)``, ``[B, L, D]``."""
         if is_plain(self, _NORMALISED):
             return linear_layer_norm(features, self.kv_proj, self.ln_kv)
         return self.ln_kv(self.kv_proj(features))
@@ -207,7 +208,7 @@ class AttentionResampler(MultiheadResampler):
         grid: Grid | None = None,
         form: str | None = None,
     ) -> FoldedResampler:
-        """As :func:`visproj.fold`."""
+        """See :func:`visproj.fold`."""
         bare = isinstance(self.kv_proj, nn.Identity)
         normalised: Reads = {"kv_proj": nn.Identity, **_NORM} if bare else _NORMALISED
         reads = {**normalised, **_QUERIES, **_ATTENTION, **self._reads()}
@@ -232,7 +233,7 @@ class AttentionResampler(MultiheadResampler):
         )
 
     def _parts(self) -> tuple[KeyValues, Constants]:
-        """Keys and values, and what else is constant, in fp64."""
+        """Return the folded weights of keys and values, and the other constants, in fp64."""
         linear: Any = self.kv_proj
         norm, attn = self.ln_kv, self.attn
         weight, bias = attn.in_proj_weight, or_zeros(attn.in_proj_bias, attn.in_proj_weight)
@@ -248,22 +249,23 @@ class AttentionResampler(MultiheadResampler):
             parts = KeyValues(
                 w_kv * norm.weight.double(), torch.zeros_like(shift), shift, None, norm.eps
             )
-        # The keys' part of the shift adds one number to every score of a query, and is left out.
+        # The keys' part of the shift adds one number to every score of a query, which cancels in
+        # the softmax.
         parts.shift[: self.embed_dim] = 0
         queries = F.linear(self._latents_in_double(), w_q, b_q)
         heads = (self.num_heads, -1)
         return parts, Constants(queries.unflatten(-1, heads), w_kv[: self.embed_dim])
 
     def _latents_in_double(self) -> Tensor:
-        """:meth:`latents` in fp64."""
+        """Compute :meth:`latents` in fp64."""
         return copied_norm(self.ln_q, torch.float64)(self.query.double()) + self.pos_embed.double()
 
     def _usual_grid(self) -> Grid:
-        """The grid that a fold prepares for unless told otherwise."""
+        """Return the grid that a fold prepares for by default."""
         return self.query_grid
 
     def _tables(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """What the folded form keeps of its keys' positions, ``weight`` applied."""
+        """Return the position tables that the folded form stores, multiplied by ``weight``."""
         resized = resize_position_table(self.pos_embed, self.query_grid, grid)
         ready = {"kv_table": resized.double() @ weight.T}
         axes = position_axes(self.pos_embed, self.query_grid)
@@ -272,20 +274,20 @@ class AttentionResampler(MultiheadResampler):
         return {**ready, **projected_axes(weight, *axes)}
 
     def _described(self) -> dict[str, Any]:
-        """What else the configuration of a fold says."""
+        """Return further entries of the folded configuration."""
         return {"separable": position_axes(self.pos_embed, self.query_grid) is not None}
 
     def _reads(self) -> Reads:
-        """The children after the attention that a fold reads."""
+        """Return the children after the attention that a fold reads."""
         return OUTPUT
 
     def _folded_tail(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, float | None]]:
-        """What a fold puts after the attention, and how its configuration describes it."""
+        """Return the folded module after the attention, and its entries in the configuration."""
         return copied_linear(self.attn.out_proj, dtype), {"out_floor": None}
 
 
 def projected_axes(weight: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Rows' and columns' share of projected positions, whose columns come first."""
+    """Project the vectors per row and per column of a separable table; columns come first in it."""
     half = columns.shape[-1]
     return {
         "rows": F.linear(rows.to(weight), weight[:, half:]),
@@ -302,10 +304,10 @@ def call_attention(
     return_attention: bool,
     **masks: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shared queries ``[Q, D]`` over ``[B, L, D]`` by calling ``attn``, whatever it is by now."""
+    """Attend from shared queries ``[Q, D]`` to ``[B, L, D]`` by calling ``attn``."""
     batch, length, _ = keys.shape
     check_masks(keys, (batch, heads, len(queries), length), **masks)
-    if not batch:  # nn.MultiheadAttention takes one image at least: give it one, keep none
+    if not batch:  # nn.MultiheadAttention needs at least one image: add one and drop its result
         keys, values = (F.pad(tokens, (0, 0, 0, 0, 0, 1)) for tokens in (keys, values))
         masks = dict.fromkeys(masks)
         out, maps = call_attention(attn, queries, keys, values, heads, return_attention, **masks)
@@ -324,13 +326,13 @@ def call_attention(
         raise InputError("attention maps need attn.dropout off: call eval() first")
     maps = attn(*tokens, average_attn_weights=False, **masks)[1]
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    # nn.MultiheadAttention gives NaN maps, and a sound output, where all keys are masked.
+    # For a fully masked query nn.MultiheadAttention returns NaN maps, but an output without NaN.
     sound = ~out.isnan().any(-1)[:, None, :, None]
     return out, maps.masked_fill(sound & maps.isnan(), 0.0)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Upstream's rule, which passes over ``in_proj_weight`` because it is not an ``nn.Linear``."""
+    """Initialise an ``nn.Linear`` by upstream's rule; ``in_proj_weight`` is not part of one."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -28,15 +28,18 @@ def build_projector(
     Args:
         kind: ``"baseline"``, ``"vit"`` or ``"perceiver"``.
         vis_config: A ``CLIPVisionConfig`` or any object with its fields; for ``baseline`` and
-            ``perceiver`` the vision width will do.
+            ``perceiver`` the vision width is enough.
         lang_dim: Width of the language model.
         encoder: ``"clip"``, or ``"qwen-vl"`` for the Qwen-VL vision encoder, which takes
             ``baseline`` only.
         **options: The projector's own keyword arguments, such as a Perceiver's ``query_grid``.
 
+    Returns:
+        The projector with initial weights, in training mode.
+
     Raises:
         TypeError: If ``vis_config`` lacks a field, or the projector has no such option.
-        ValueError: If ``kind`` or ``encoder`` is unknown or they do not go together.
+        ValueError: If ``kind`` or ``encoder`` is unknown, or ``encoder`` does not take ``kind``.
     """
     if kind not in KINDS:
         raise InputError(f"unknown projector kind {kind!r}, expected one of {', '.join(KINDS)}")

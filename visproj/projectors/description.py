@@ -16,7 +16,7 @@ from visproj.projectors.vit import ViTProjector
 
 
 class _Kind(NamedTuple):
-    """How a kind of projector is described, and built from what describes it."""
+    """A kind of projector: its class, and functions that describe it and build it again."""
 
     type: type[nn.Module]
     options: Callable[[Any], dict[str, Any]]
@@ -24,10 +24,10 @@ class _Kind(NamedTuple):
 
 
 def describe(projector: nn.Module) -> dict[str, Any] | None:
-    """Return what :func:`build_described` needs, or ``None`` where that could not say it all.
+    """Return the description for :func:`build_described`, or ``None`` if it would be incomplete.
 
-    That is so for any other module, for a projector with another ``forward``, and for one with
-    adapters, quantised weights or replaced children.
+    It would be for any other module, and for a projector with another ``forward``, adapters,
+    quantised weights or replaced children.
     """
     for name, kind in _KINDS.items():
         if isinstance(projector, kind.type) and type(projector).forward is kind.type.forward:
@@ -67,15 +67,15 @@ def build_described(description: Mapping[str, Any]) -> nn.Module:
 
 
 def check_described(projector: nn.Module, description: Mapping[str, Any], whose: str) -> None:
-    """Raise unless a projector does what a description says, but for its dropout.
+    """Raise unless a projector fits a description, except for its dropout.
 
     Args:
-        projector: Whose own description is compared, if it has one.
-        description: Of the weights that it is to get, or of the projector that it is to be.
-        whose: Where that comes from, for the message, such as ``"model.safetensors holds"``.
+        projector: The projector, whose own description is compared if it has one.
+        description: Description of the weights to load, or of the projector that is expected.
+        whose: Source of the description for the message, such as ``"model.safetensors holds"``.
 
     Raises:
-        InputError: If they differ; the message has the first difference.
+        InputError: If they differ; the message states the first difference.
     """
     for name, value in (describe(projector) or {}).items():
         if name != "dropout" and description.get(name, value) != value:
@@ -88,9 +88,10 @@ def _eps(projector: nn.Module) -> dict[str, float]:
 
 
 def _alike(projector: nn.Module, built: nn.Module) -> bool:
-    """Whether both have modules that do the same, with tensors of the same names and shapes.
+    """Return whether both have the same modules, and tensors of the same names and shapes.
 
-    FSDP2 gives every module that it shards a class of its own, with the ``forward`` that it had.
+    Modules are compared by ``forward``, not by class: FSDP2 gives every module that it shards a new
+    class with the same ``forward``.
     """
     modules, ours = dict(projector.named_modules()), dict(built.named_modules())
     return (
@@ -150,7 +151,7 @@ def _build_vit(
         intermediate_size=intermediate_size,
         num_attention_heads=num_heads,
         hidden_act=hidden_act,
-        layer_norm_eps=1e-5,  # each LayerNorm's own follows
+        layer_norm_eps=1e-5,  # each LayerNorm gets its own eps later
         attention_dropout=_number("dropout", dropout),
     )
     return ViTProjector(config, lang_dim)

@@ -22,7 +22,7 @@ _READS: Reads = {"dense": nn.Linear, **{f"x_attn.{name}": nn.Linear for name in 
 
 
 class Kosmos2Attention(nn.Module):
-    """Kosmos-2's attention, whose projections :class:`Kosmos2Projection` calls one by one."""
+    """The projections of Kosmos-2's attention, which :class:`Kosmos2Projection` calls."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Kosmos2Attention(nn.Module):
 class Kosmos2Projection(Kosmos2Calls):
     """Kosmos-2's and Kosmos-2.5's projection, ``[B, L, C] -> [B, Q, D]`` and its attention.
 
-    ``y = x W_dᵀ + b_d``; queries ``latent_query``, keys and values ``y`` and after them the
-    queries; multi-head attention. State-dict keys: ``latent_query [Q, D]``, ``dense.*``,
+    ``y = x W_dᵀ + b_d``; multi-head attention with the queries ``latent_query`` over ``y`` followed
+    by the queries themselves. State-dict keys: ``latent_query [Q, D]``, ``dense.*``,
     ``x_attn.{k_proj, v_proj, q_proj, out_proj}.*``.
 
     Args:
         vis_dim: Width ``C`` of the features.
         lang_dim: Width ``D`` of the language model.
-        num_queries: ``Q``.
+        num_queries: Number ``Q`` of queries.
         num_heads: Attention heads.
 
     Source: transformers ``models/kosmos2/modeling_kosmos2.py``, ``Kosmos2ImageToTextProjection``.
@@ -63,7 +63,7 @@ class Kosmos2Projection(Kosmos2Calls):
 
     @property
     def gives_attention(self) -> bool:  # type: ignore[override]
-        """As :attr:`Kosmos2Calls.gives_attention`: what the model is configured for by now."""
+        """See :attr:`Kosmos2Calls.gives_attention`; follows the model's current configuration."""
         return self._implementation() == "eager"
 
     def _implementation(self) -> str | None:
@@ -73,12 +73,12 @@ class Kosmos2Projection(Kosmos2Calls):
     def resample(
         self, features: Tensor, positions: Tensor | None, return_attention: bool, **masks: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Resampler.resample`; ``x_attn`` is called whole where it must be."""
+        """See :meth:`Resampler.resample`; ``x_attn`` is called if it may not be split."""
         if any(mask is not None for mask in masks.values()):
             raise InputError("Kosmos-2's projection takes no masks: its queries are keys as well")
         if self.takes_apart():
             return super().resample(features, positions, return_attention, **masks)
-        latent = self.latent_query.expand(len(features), -1, -1)
+        latent = self.latent_query.expand(features.shape[0], -1, -1)
         keys = torch.cat([self.dense(features), latent], 1)
         out, maps, *_ = self.x_attn(
             hidden_states=latent,
@@ -89,24 +89,24 @@ class Kosmos2Projection(Kosmos2Calls):
         return out, maps if return_attention else None
 
     def takes_apart(self) -> bool:
-        """As :meth:`Resampler.takes_apart`."""
+        """See :meth:`Resampler.takes_apart`."""
         return self._whole() is None
 
     def project(
         self, features: Tensor, positions: Tensor | None, queries: int | None
     ) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.project`."""
+        """See :meth:`Resampler.project`."""
         attn: Any = self.x_attn
         rows = self.dense(features)
         return self._heads(attn.q_proj(self.latent_query), attn.k_proj(rows), attn.v_proj(rows))
 
     def appended(self) -> tuple[Tensor, ...]:
-        """As :meth:`Resampler.appended`."""
+        """See :meth:`Resampler.appended`."""
         attn: Any = self.x_attn
         return self._heads(attn.k_proj(self.latent_query), attn.v_proj(self.latent_query))
 
     def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`."""
+        """See :meth:`Resampler.finish`."""
         attn: Any = self.x_attn
         return attn.out_proj(attended)
 
@@ -114,10 +114,11 @@ class Kosmos2Projection(Kosmos2Calls):
         return tuple(t.unflatten(-1, (self.num_heads, -1)) for t in tokens)
 
     def _whole(self) -> str | None:
-        """Why calling ``x_attn`` does more than its projections and a softmax, or ``None``."""
+        """Return why ``x_attn`` does more than projections and a softmax, or ``None``."""
         if self.x_attn.training and self.x_attn.dropout:
             return "its dropout is active: call eval() before folding"
-        # Before transformers 5 it did not say so, and was taken for causal but in its eager form.
+        # Before transformers 5 it has no is_causal, and all its implementations but eager attend
+        # causally.
         causal = getattr(self.x_attn, "is_causal", self._implementation() not in (None, "eager"))
         return "its attention is causal" if causal else why_touched(self.x_attn)
 
@@ -129,7 +130,7 @@ class Kosmos2Projection(Kosmos2Calls):
         dtype: torch.dtype | None = None,
         form: str | None = None,
     ) -> FoldedResampler:
-        """As :func:`visproj.fold`; it must be in eval mode, where its dropout is off."""
+        """See :func:`visproj.fold`; call it in eval mode, where dropout is off."""
         check_foldable(self, FoldedKosmos2, _READS)
         attn: Any = self.x_attn
         dense: Any = self.dense
@@ -139,7 +140,7 @@ class Kosmos2Projection(Kosmos2Calls):
         sides = [_in_double(linear) for linear in (attn.k_proj, attn.v_proj)]
         outer, outer_bias = (torch.cat(parts) for parts in zip(*sides, strict=True))
         inner, inner_bias = _in_double(dense)
-        # The queries are keys as well, without what dense adds: it does not cancel.
+        # The appended queries are keys without dense's bias, so that this bias does not cancel.
         bias = outer @ inner_bias + outer_bias
         parts = KeyValues(outer @ inner, bias, torch.zeros_like(bias))
         latent = self.latent_query.double()
@@ -166,5 +167,5 @@ _USUAL_LENGTH = 257  # tokens of CLIP-L/14 at 224 pixels, CLS among them
 
 
 def _in_double(linear: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias in fp64."""
+    """Return weight and bias in fp64."""
     return linear.weight.double(), or_zeros(linear.bias, linear.weight).double()

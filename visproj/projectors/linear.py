@@ -16,10 +16,10 @@ _READS: Reads = {"0": nn.Linear, "1": nn.LayerNorm}
 
 
 class LinearProjector(nn.Sequential):
-    """Project visual tokens and normalise them: ``LayerNorm(x Wᵀ + b)``, eps 1e-12.
+    """The baseline projector: ``LayerNorm(x Wᵀ + b)`` with eps 1e-12.
 
-    State-dict keys: ``0.weight [D, C]``, ``0.bias [D]``, ``1.weight [D]``, ``1.bias [D]``. Fresh
-    weights are ``nn.Linear``'s and ``nn.LayerNorm``'s own, as upstream's are.
+    State-dict keys: ``0.weight [D, C]``, ``0.bias [D]``, ``1.weight [D]``, ``1.bias [D]``. Initial
+    weights are those of ``nn.Linear`` and ``nn.LayerNorm``, as upstream's are.
 
     Args:
         vis_config: A ``CLIPVisionConfig``, any object with ``hidden_size``, or the width ``C``.
@@ -39,7 +39,7 @@ class LinearProjector(nn.Sequential):
         self.vis_dim = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., S, C] -> [..., S, D]``.
+        """Project visual tokens: ``[..., S, C] -> [..., S, D]``.
 
         Raises:
             TypeError: If ``x`` is not floating point or has another dtype than the weights.
@@ -53,7 +53,7 @@ class LinearProjector(nn.Sequential):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fold(self, *, dtype: torch.dtype | None = None) -> FoldedLinear:
-        """As :func:`visproj.fold`."""
+        """See :func:`visproj.fold`."""
         if len(self) != 2:
             raise InputError(f"cannot fold LinearProjector: it has {len(self)} children, not 2")
         check_foldable(self, LinearProjector, _READS)
@@ -68,7 +68,7 @@ class LinearProjector(nn.Sequential):
     def __getitem__(self, index: slice) -> nn.Sequential: ...
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """A child, or for a slice a plain ``nn.Sequential`` of them."""
+        """Return a child, or for a slice a plain ``nn.Sequential`` of children."""
         if isinstance(index, slice):
             return nn.Sequential(*list(self)[index])
         return super().__getitem__(index)

@@ -23,18 +23,18 @@ _TAIL: Reads = {
 
 
 class PerceiverProjector(AttentionResampler):
-    """Resample any number of visual tokens into a fixed number of language-model tokens.
+    """The Perceiver resampler: ``[..., 1 + L, C] -> [..., Q, D]``, any number of tokens to ``Q``.
 
     ``y = LN_kv(x W_kvᵀ + b_kv)``; queries ``LN_q(query) + pos``, keys ``y + pos_k``, values ``y``;
     multi-head attention; then ``LN`` and ``Linear``. Every LayerNorm has eps 1e-12. ``pos`` is a
     frozen 2-D sine-cosine table over the query grid, ``pos_k`` the same table resized bicubically
-    to the grid of the features. The queries are normalised and projected once a call.
+    to the grid of the features. The queries are normalised and projected once per call.
 
     State-dict keys: ``query [Q, D]``, ``pos_embed [Q, D]``, ``kv_proj.{weight [D, C], bias}``,
     ``attn.{in_proj_weight [3D, D], in_proj_bias, out_proj.weight, out_proj.bias}``,
-    ``ln_q.*``, ``ln_kv.*``, ``projection.0.*`` (LayerNorm), ``projection.1.*`` (Linear). Fresh
-    weights follow upstream's rule: truncated normal of deviation 0.02 for queries and Linears,
-    zero biases, Xavier for ``in_proj_weight``, which that rule does not touch.
+    ``ln_q.*``, ``ln_kv.*``, ``projection.0.*`` (LayerNorm), ``projection.1.*`` (Linear). Initial
+    weights follow upstream's rule: truncated normal with standard deviation 0.02 for queries and
+    Linears, zero biases, and Xavier for ``in_proj_weight``, as ``nn.MultiheadAttention`` sets it.
 
     Args:
         vis_config: A ``CLIPVisionConfig``, any object with ``hidden_size``, or the width ``C``.
@@ -76,7 +76,7 @@ class PerceiverProjector(AttentionResampler):
         self.apply(init_linear)
 
     def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`: ``out_proj``, LayerNorm and Linear as one operation."""
+        """See :meth:`Resampler.finish`; ``out_proj``, LayerNorm and Linear are one operation."""
         if is_plain(self, _TAIL):
             norm: Any
             outer: Any
@@ -85,7 +85,7 @@ class PerceiverProjector(AttentionResampler):
         return super().finish(attended)
 
     def finish_projected(self, x: Tensor) -> Tensor:
-        """LayerNorm and Linear."""
+        """Apply LayerNorm and Linear."""
         return self.projection(x)
 
     def _reads(self) -> Reads:

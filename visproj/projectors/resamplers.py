@@ -29,22 +29,22 @@ from visproj.projectors.attention import (
 )
 
 _TAIL: Reads = {**OUTPUT, "ln_post": nn.LayerNorm}
-_FORESEEN = (70, 70)  # rows and columns of positions that a fold keeps ready
+_FORESEEN = (70, 70)  # rows and columns whose positions a fold stores
 
 
 class QwenVLResampler(AttentionResampler):
     """Qwen-VL's resampler: it ends with its attention, and has neither CLS nor ``kv_proj`` bias.
 
-    ``[..., L, C] -> [..., Q, D]``. Where ``C`` is ``D`` there is no ``kv_proj`` weight. State-dict
-    keys: ``query [Q, D]``, ``pos_embed [Q, D]``, ``kv_proj.weight [D, C]``, ``attn.*``, ``ln_q.*``,
-    ``ln_kv.*``.
+    ``[..., L, C] -> [..., Q, D]``. If ``C`` equals ``D``, there is no ``kv_proj`` weight.
+    State-dict keys: ``query [Q, D]``, ``pos_embed [Q, D]``, ``kv_proj.weight [D, C]``, ``attn.*``,
+    ``ln_q.*``, ``ln_kv.*``.
 
     Args:
         vis_dim: Width ``C`` of the features.
         embed_dim: Width ``D`` of queries, keys and values, a multiple of 4.
         query_grid: Rows and columns of the queries.
         num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
-        eps: Of the LayerNorms.
+        eps: Eps of the LayerNorms.
         table: Whether there is a table ``pos_embed`` over the query grid.
 
     Source: Qwen-VL ``visual.py`` and DeepSpeed-VisualChat ``qwen_clip.py``, ``Resampler``.
@@ -78,7 +78,7 @@ class QwenVLResampler(AttentionResampler):
 
 
 class _MiniCPMTail(QwenVLResampler):
-    """What MiniCPM-V's resamplers share: after the attention ``LN_post(O W_oᵀ + b_o) P``."""
+    """Base class of MiniCPM-V's resamplers: after the attention, ``LN_post(O W_oᵀ + b_o) P``."""
 
     def __init__(self, vis_dim: int, embed_dim: int, **options: Any) -> None:
         super().__init__(vis_dim, embed_dim, **options)
@@ -86,13 +86,13 @@ class _MiniCPMTail(QwenVLResampler):
         self.proj = nn.Parameter(torch.randn(embed_dim, embed_dim) * embed_dim**-0.5)
 
     def finish(self, attended: Tensor) -> Tensor:
-        """As :meth:`Resampler.finish`: output projection, LayerNorm and ``proj`` as one."""
+        """See :meth:`Resampler.finish`; ``out_proj``, LayerNorm and ``proj`` are one operation."""
         if is_plain(self, _TAIL) and type(self.proj) in (Tensor, nn.Parameter):
             return linear_norm_linear(attended, self.attn.out_proj, self.ln_post, self.proj.T, None)
         return super().finish(attended)
 
     def finish_projected(self, x: Tensor) -> Tensor:
-        """LayerNorm and ``proj``."""
+        """Apply LayerNorm and ``proj``."""
         return self.ln_post(x) @ self.proj
 
     def _reads(self) -> Reads:
@@ -110,17 +110,17 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
     """The resampler of MiniCPM-V 2.5, 2.6, 4.x and MiniCPM-o.
 
     ``y = LN_kv(x W_kvᵀ)``; queries ``LN_q(query)``, keys ``y + pos[:h, :w]``, values ``y``;
-    multi-head attention; ``LN_post(O W_oᵀ + b_o) P``. The sine-cosine table ``pos`` is cut, never
-    resized, and grows when a grid is larger. State-dict keys: ``query [Q, D]``,
-    ``proj [D, D]``, ``kv_proj.weight [D, C]`` (none where ``C`` is ``D``), ``attn.*``, ``ln_q.*``,
+    multi-head attention; ``LN_post(O W_oᵀ + b_o) P``. The sine-cosine table ``pos`` is sliced,
+    never resized; it is extended if a grid is larger. State-dict keys: ``query [Q, D]``,
+    ``proj [D, D]``, ``kv_proj.weight [D, C]`` (none if ``C`` equals ``D``), ``attn.*``, ``ln_q.*``,
     ``ln_kv.*``, ``ln_post.*``; ``pos_embed [h, w, D]`` is a buffer that is not saved.
 
     Args:
         vis_dim: Width ``C`` of the features.
         embed_dim: Width ``D`` of the language model, a multiple of 4.
-        num_queries: ``Q``.
+        num_queries: Number ``Q`` of queries.
         num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
-        eps: Of the LayerNorms.
+        eps: Eps of the LayerNorms.
         max_size: Rows and columns of the table.
 
     Source: MiniCPM-V ``resampler.py``.
@@ -150,29 +150,29 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
         self.register_buffer("pos_embed", _cells(embed_dim, max_size), persistent=False)
 
     def latents(self) -> Tensor:
-        """As :meth:`AttentionResampler.latents`: without positions."""
+        """See :meth:`AttentionResampler.latents`; here without positions."""
         return self.ln_q(self.query)
 
     def positions(self, grid: Grid) -> Tensor:
-        """As :meth:`Resampler.positions`: a cut of the table, or more than it holds."""
+        """See :meth:`Resampler.positions`; a slice of the table, which is extended if needed."""
         table = self.pos_embed
         if grid[0] > table.shape[0] or grid[1] > table.shape[1]:
             sides = max(grid[0], table.shape[0]), max(grid[1], table.shape[1])
-            with torch.inference_mode(False):  # it may be kept, and saved for a backward later
+            with torch.inference_mode(False):  # a later backward may need the table
                 table = _cells(self.embed_dim, sides).to(table)
             if not torch.compiler.is_compiling():
                 self.pos_embed = table
         return table[: grid[0], : grid[1]].flatten(0, 1).to(self.query)
 
     def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """As :meth:`MiniCPMCalls.positions_at`."""
+        """See :meth:`MiniCPMCalls.positions_at`."""
         high, wide, _ = self.pos_embed.shape
         outside = (rows >= high) | (columns >= wide)
         found = self.pos_embed[rows.clamp(max=high - 1), columns.clamp(max=wide - 1)]
         return found.masked_fill(outside[:, None], math.nan).to(self.query)
 
     def temporal_positions(self, times: Sequence[int]) -> Tensor:
-        """As :meth:`MiniCPMCalls.temporal_positions`."""
+        """See :meth:`MiniCPMCalls.temporal_positions`."""
         table = sincos_axis(self.embed_dim, [max(time, 0) for time in times])
         table[[time < 0 for time in times]] = 0
         return table.to(self.query)
@@ -191,8 +191,8 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
         axes = position_axes(self.pos_embed.flatten(0, 1), (high, wide))
         if axes is None:
             raise InputError(
-                "cannot fold pos_embed of MiniCPMResampler: it is not one vector per row beside "
-                "one per column"
+                "cannot fold pos_embed of MiniCPMResampler: it is not separable into one vector "
+                "per row and one per column"
             )
         return {"position_weight": weight, **projected_axes(weight, *axes)}
 
@@ -200,17 +200,17 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
 class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
     """The resampler of MiniCPM-V 1.0 and 2.0.
 
-    As :class:`MiniCPMResampler`, but queries have the positions ``pos_embed [Q, D]``, which is a
-    parameter, and images of one batch share a grid.
+    It differs from :class:`MiniCPMResampler` in two points: queries have the positions
+    ``pos_embed [Q, D]``, a parameter, and the images of a batch share one grid.
 
     Args:
         vis_dim: Width ``C`` of the features.
         embed_dim: Width ``D`` of the language model, a multiple of 4.
         query_grid: Rows and columns of the queries.
         num_heads: Attention heads, ``max(1, D // 128)`` when ``None``.
-        eps: Of the LayerNorms.
-        adaptive: Whether keys have the sine-cosine table of their own grid (2.0), or ``pos_embed``
-            resized bicubically (1.0).
+        eps: Eps of the LayerNorms.
+        adaptive: Whether the keys' positions are the sine-cosine table of their own grid (2.0), or
+            ``pos_embed`` resized bicubically (1.0).
 
     Source: MiniCPM-V-2 ``resampler.py``.
     """
@@ -234,7 +234,7 @@ class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
         return FoldedMiniCPM2 if self.adaptive else FoldedMiniCPM2Resized
 
     def positions(self, grid: Grid) -> Tensor:
-        """As :meth:`Resampler.positions`."""
+        """See :meth:`Resampler.positions`."""
         if not self.adaptive:
             return super().positions(grid)
         return _cells(self.embed_dim, grid).flatten(0, 1).to(self.query)
@@ -251,5 +251,5 @@ class MiniCPM2Resampler(_MiniCPMTail, MiniCPM2Calls):
 
 
 def _cells(width: int, grid: Grid) -> Tensor:
-    """The sine-cosine table ``[h, w, D]`` of a grid, columns first, rounded as MiniCPM-V's."""
+    """Compute the sine-cosine table ``[h, w, D]`` of a grid, columns first, as MiniCPM-V does."""
     return by_cell(*(sincos_axis(width // 2, range(size)) for size in grid))

@@ -34,19 +34,19 @@ _LAYER: Reads = {
 
 
 class ViTProjector(nn.Module):
-    """One more CLIP layer over the visual tokens, then ``LayerNorm(x Wᵀ + b)``, eps 1e-12.
+    """The ViT projector: a CLIP layer, then ``LayerNorm(x Wᵀ + b)`` with eps 1e-12.
 
     State-dict keys: ``vis_layer.*`` (the 16 of transformers' ``CLIPEncoderLayer``),
     ``projection.0.{weight [D, C], bias [D]}``, ``projection.1.{weight [D], bias [D]}``. The CLIP
-    layer keeps its config's eps and attention dropout; its attention is SDPA whatever the config's
-    ``_attn_implementation`` says. Fresh weights are those that upstream draws from the same seed.
+    layer uses its config's eps and attention dropout. Its attention is SDPA; the config's
+    ``_attn_implementation`` is ignored. With the same seed, initial weights are upstream's.
 
     Args:
         vis_config: A ``CLIPVisionConfig`` or any object with the fields of :class:`VisionConfig`.
         lang_dim: Width ``D`` of the language model.
 
     Raises:
-        TypeError: If ``vis_config`` lacks a field, or one is not a number that has to be one.
+        TypeError: If ``vis_config`` lacks a field, or a numeric field is not a number.
         ValueError: If a width is not positive, the heads do not divide ``C``, eps or dropout is out
             of range or the activation is unknown.
 
@@ -64,7 +64,7 @@ class ViTProjector(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., S, C] -> [..., S, D]``; CLS, if there is one, is a token like any other.
+        """Project visual tokens, CLS included: ``[..., S, C] -> [..., S, D]``.
 
         Raises:
             TypeError: If ``x`` is not floating point or has another dtype than the weights.
@@ -81,7 +81,7 @@ class ViTProjector(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fold(self, *, dtype: torch.dtype | None = None) -> FoldedViT:
-        """As :func:`visproj.fold`."""
+        """See :func:`visproj.fold`."""
         check_foldable(self, ViTProjector, {**_LAYER, **_TAIL})
         layer = self.vis_layer
         if layer.self_attn.training and layer.self_attn.dropout:

@@ -1,4 +1,4 @@
-"""The Qwen-VL vision encoder: the module, and its way out of and back into a full checkpoint."""
+"""The Qwen-VL vision encoder: the module, its extraction from a checkpoint, and the way back."""
 
 from visproj.qwen_vl.config import QwenVisionConfig
 from visproj.qwen_vl.extract import ExtractionSummary, extract_vision_encoder, render_summary

@@ -1,4 +1,4 @@
-"""Finding the visual tensors of a full checkpoint, in a directory or on the hub."""
+"""The visual tensors of a full checkpoint, in a directory or on the hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from visproj.qwen_vl.keys import check_shapes, config_from_shapes, encoder_key
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The visual part of a full checkpoint, opened and not read.
+    """The visual part of a full checkpoint, opened but not read.
 
     Attributes:
         name: The directory or hub id.
-        tensors: For every checkpoint key that belongs to the encoder, the mapped file it is in.
+        tensors: The mapped file of every checkpoint key that belongs to the encoder.
         names: The encoder's name for each of these keys.
         config: The architecture.
         config_assumed: Whether the architecture was read from shapes alone.
         total_bytes: Bytes of the checkpoint's weight files, if known.
-        notes: What was assumed.
+        notes: Assumptions that were made.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
     def tensor(self, key: str) -> Tensor:
-        """The mapped tensor of a checkpoint key."""
+        """Return the mapped tensor of a checkpoint key."""
         return self.tensors[key].tensor(key)
 
 
@@ -51,7 +51,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ConnectionError: If the hub does not give a file.
+        ConnectionError: If a file cannot be downloaded from the hub.
         FileNotFoundError: If there is no such directory, no weights in it, or a shard is missing.
         ValueError: If a file is damaged, or if the visual tensors are absent, incomplete or
             misshapen.
@@ -88,7 +88,7 @@ def _check(
     block: dict[str, Any] | None,
     total_bytes: int | None,
 ) -> Checkpoint:
-    """Names and shapes against the architecture; the first error names what differs."""
+    """Check names and shapes against the architecture; the error says what differs."""
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for key, file in tensors.items():
@@ -115,5 +115,8 @@ def _check(
         raise InputError(f"{name}: {error}") from error
     dtypes = sorted({str(file.tensor(key).dtype) for key, file in tensors.items() if key in names})
     if len(dtypes) > 1:
-        notes.append(f"tensors of several dtypes ({', '.join(dtypes)}): one can be chosen")
+        notes.append(
+            f"the tensors have several dtypes ({', '.join(dtypes)}): pass dtype to write them in "
+            "one"
+        )
     return Checkpoint(name, tensors, names, config, block is None, total_bytes, tuple(notes))

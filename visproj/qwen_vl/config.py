@@ -20,7 +20,7 @@ _DERIVED = ("model_type", "hidden_size")
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """What a :class:`visproj.qwen_vl.QwenVisionTransformer` is built from.
+    """The architecture of a :class:`visproj.qwen_vl.QwenVisionTransformer`.
 
     The defaults are those of the released Qwen-VL and Qwen-VL-Chat. ``hidden_size`` reads
     ``output_dim``, so a config can be handed to :func:`visproj.build_projector`.
@@ -38,7 +38,7 @@ class QwenVisionConfig:
         layer_norm_eps: Added to the variance in every LayerNorm.
 
     Raises:
-        ValueError: If a number is not a positive integer, or if two do not fit each other.
+        ValueError: If a number is not a positive integer, or if two do not fit one another.
 
     Source: the block ``visual`` of Qwen-VL-Chat's ``config.json``.
     """
@@ -91,7 +91,7 @@ class QwenVisionConfig:
 
     @classmethod
     def from_visual_block(cls, block: Mapping[str, Any]) -> QwenVisionConfig:
-        """Read the block ``visual`` of a Qwen-VL ``config.json``; what it has besides is ignored.
+        """Read the block ``visual`` of a Qwen-VL ``config.json``; unknown entries are ignored.
 
         The MLP is ``width * mlp_ratio`` wide, truncated: 1664 * 4.9231 gives 8192.
 
@@ -111,7 +111,7 @@ class QwenVisionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenVisionConfig:
-        """The inverse of :meth:`to_dict`.
+        """Build a config from a dictionary that :meth:`to_dict` returned.
 
         Raises:
             ValueError: If the values describe another kind of model, or if an entry is unknown or
@@ -130,7 +130,7 @@ class QwenVisionConfig:
         return cls(**numbers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, and ``model_type`` and ``hidden_size`` for other readers."""
+        """Return every field, and ``model_type`` and ``hidden_size`` for other readers."""
         return {"model_type": MODEL_TYPE, "hidden_size": self.hidden_size, **asdict(self)}
 
     @classmethod
@@ -158,7 +158,7 @@ class QwenVisionConfig:
 
 
 def preprocessor_settings(config: QwenVisionConfig) -> dict[str, Any]:
-    """Settings of transformers' ``CLIPImageProcessor`` for an encoder.
+    """Return the settings of transformers' ``CLIPImageProcessor`` for an encoder.
 
     The shorter side is resized bicubically to ``image_size`` and the centre cut out; pixels are
     normalised by CLIP's mean and deviation.

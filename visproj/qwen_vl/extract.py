@@ -1,4 +1,4 @@
-"""Extracting the vision encoder of a Qwen-VL checkpoint into a directory of its own."""
+"""Extraction of the vision encoder of a Qwen-VL checkpoint into a directory of its own."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ FORMATS = ("safetensors", "bin")
 
 @dataclass(frozen=True)
 class ExtractionSummary:
-    """What an extraction did.
+    """The summary of an extraction.
 
     Attributes:
         source: The directory or hub id that was read.
         destination: The directory that was written.
         files: Names of the files in it.
         config: The encoder's architecture.
-        dtypes: What the tensors are written in, such as ``bfloat16``.
-        tensors: How many were written.
-        parameters: Numbers in them.
+        dtypes: Dtypes of the written tensors, such as ``bfloat16``.
+        tensors: Number of written tensors.
+        parameters: Number of elements of the written tensors.
         bytes_read: Bytes of tensor data that were read.
-        checkpoint_bytes: Bytes of the checkpoint's weight files; ``None`` where the hub does not
-            say.
+        checkpoint_bytes: Bytes of the checkpoint's weight files; ``None`` if they are not known.
         seconds: Wall-clock time, downloads included.
-        notes: What was assumed on the way.
+        notes: Assumptions that were made.
     """
 
     source: str
@@ -70,25 +69,26 @@ def extract_vision_encoder(
     code of the checkpoint is executed.
 
     The destination gets ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and,
-    with ``format="bin"``, also the ``pytorch_model.bin`` that DeepSpeed-VisualChat loads. It
-    appears whole or not at all.
+    with ``format="bin"``, also the ``pytorch_model.bin`` that DeepSpeed-VisualChat loads. It is
+    written completely or not at all.
 
     Args:
         source: A directory or a hub id; safetensors or ``.bin``, single or sharded, with or without
             an index.
         destination: A directory that does not exist yet.
-        dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; ``None`` keeps what is stored.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; ``None`` keeps the stored
+            dtypes.
         revision: Branch, tag or commit on the hub.
         format: ``"safetensors"``, or ``"bin"`` for both.
-        overwrite: Replace an encoder that is at the destination.
-        progress: Receives the opening of the checkpoint, then every tensor as it is written.
+        overwrite: Replace an existing encoder at the destination.
+        progress: Receives the progress of opening the checkpoint and of writing the tensors.
 
     Returns:
         An :class:`ExtractionSummary`.
 
     Raises:
-        ConnectionError: If the hub does not give a file.
-        FileExistsError: If the destination exists, and is not an encoder or not to be replaced.
+        ConnectionError: If a file cannot be downloaded from the hub.
+        FileExistsError: If the destination exists, and is not an encoder or ``overwrite`` is false.
         FileNotFoundError: If the source, its weights or a shard is missing.
         OSError: If the destination cannot be written.
         ValueError: If a file is damaged; if the visual tensors are absent, incomplete, misshapen or
@@ -130,7 +130,7 @@ def extract_vision_encoder(
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
-    """The encoder's tensors in the order of the table of keys."""
+    """Return entries for the encoder's tensors, in the order of the table of keys."""
     keys = {name: key for key, name in checkpoint.names.items()}
     entries = []
     for name, shape in expected_shapes(checkpoint.config).items():
@@ -141,7 +141,7 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
 
 
 def render_summary(summary: ExtractionSummary) -> str:
-    """The summary in a few lines for a person to read."""
+    """Return the summary as a few lines of text."""
     config = summary.config
     read = f"{summary.bytes_read / 2**20:,.1f} MiB"
     if summary.checkpoint_bytes is None:

@@ -1,4 +1,4 @@
-"""The literal table of the encoder's tensors, and their names in a full Qwen-VL checkpoint."""
+"""The table of the encoder's tensors, and their names in a full Qwen-VL checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from visproj.qwen_vl.config import QwenVisionConfig
 Shape = tuple[int, ...]
 
 PREFIX = "transformer.visual."
-DROPPED = (
-    "proj"  # Qwen-VL's final product, which DeepSpeed-VisualChat's projector takes the place of
-)
+DROPPED = "proj"  # Qwen-VL's last matmul, which DeepSpeed-VisualChat's projector replaces
 ASSUMED_HEADS = 16
 ASSUMED_IMAGE_PATCHES = 32
 
@@ -25,7 +23,7 @@ _TABLE: dict[str, tuple[int | str, ...]] = {
     "ln_pre.bias": ("width",),
     "attn_pool.query": ("n_queries", "output_dim"),
     "attn_pool.pos_embed": ("n_queries", "output_dim"),
-    "attn_pool.kv_proj.weight": ("output_dim", "width"),  # absent where both widths are one
+    "attn_pool.kv_proj.weight": ("output_dim", "width"),  # absent if both widths are equal
     "attn_pool.attn.in_proj_weight": ("3 output_dim", "output_dim"),
     "attn_pool.attn.in_proj_bias": ("3 output_dim",),
     "attn_pool.attn.out_proj.weight": ("output_dim", "output_dim"),
@@ -54,7 +52,7 @@ _BLOCK_TABLE: dict[str, tuple[int | str, ...]] = {
 
 
 def expected_shapes(config: QwenVisionConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor of an encoder, in the order they are written."""
+    """Return the name and shape of every tensor of an encoder, in the order of writing."""
     sizes = {
         "3 width": 3 * config.width,
         "3 output_dim": 3 * config.output_dim,
@@ -79,11 +77,11 @@ def expected_shapes(config: QwenVisionConfig) -> dict[str, Shape]:
 
 
 def encoder_key(key: str) -> str | None:
-    """The encoder's name for a checkpoint key; ``None`` for a tensor the encoder does without.
+    """Return the encoder's name for a checkpoint key; ``None`` for a tensor that it does not have.
 
-    What stands before ``transformer.visual.``, such as ``module.``, goes with it, and so do the
-    prefixes of wrapped children. A key that holds ``visual`` and not this prefix comes back as it
-    is.
+    ``transformer.visual.`` and everything before it, such as ``module.``, is removed, and so are
+    the prefixes of wrapped children. A key that contains ``visual`` without this prefix is returned
+    unchanged.
     """
     if "visual" not in key:
         return None
@@ -94,14 +92,15 @@ def encoder_key(key: str) -> str | None:
 
 
 def checkpoint_key(name: str, wrapper: str = "") -> str:
-    """The inverse of :func:`encoder_key`: ``wrapper + "transformer.visual." + name``."""
+    """Return the checkpoint key of a name: ``wrapper + "transformer.visual." + name``."""
     return f"{wrapper}{PREFIX}{name}"
 
 
 def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
-    """The architecture that the shapes of an encoder's tensors tell.
+    """Return the architecture that the shapes of an encoder's tensors determine.
 
-    They tell neither the heads, taken as 16, nor the image's side, taken as 32 patches.
+    They determine neither the number of heads, assumed to be 16, nor the side of the image, assumed
+    to be 32 patches.
 
     Raises:
         ValueError: If a tensor that a number is read from is missing or has another rank.
@@ -110,7 +109,7 @@ def config_from_shapes(shapes: Mapping[str, Shape]) -> QwenVisionConfig:
     def shape_of(name: str, ndim: int) -> Shape:
         if name not in shapes:
             raise InputError(
-                f"cannot tell the architecture without {name}; there are {a_few(shapes)}"
+                f"cannot determine the architecture without {name}; there are {a_few(shapes)}"
             )
         if len(shapes[name]) != ndim:
             raise InputError(f"{name} must have {ndim} dimensions, got {list(shapes[name])}")

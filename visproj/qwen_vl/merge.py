@@ -31,17 +31,18 @@ from visproj.qwen_vl.storage import open_encoder
 def merge_into(
     checkpoint_dir: str | Path, encoder_dir: str | Path, destination: str | Path
 ) -> Path:
-    """Put a trained encoder in the place of a full checkpoint's own.
+    """Write a copy of a full checkpoint, in which a trained encoder replaces the original one.
 
-    The destination has the checkpoint's files: the shards that hold visual tensors are rewritten
-    with the encoder's numbers in the checkpoint's dtypes, and ``transformer.visual.proj`` stays.
-    Other weight files are hard-linked where the file system allows it, so both checkpoints share
-    them: replace such a file rather than write into it. Everything else is copied. No tensor of the
-    language model is loaded. The destination appears whole or not at all.
+    Shards that hold visual tensors are rewritten with the encoder's values, cast to the
+    checkpoint's dtypes; ``transformer.visual.proj`` is kept. Other weight files are hard-linked if
+    the file system allows it. Both checkpoints then share them, so replace such a file instead of
+    writing into it. All other files are copied. No tensor of the language model is loaded. The
+    destination is written completely or not at all.
 
     Args:
         checkpoint_dir: A full checkpoint, as :func:`visproj.extract_vision_encoder` takes it.
-        encoder_dir: What that function or ``QwenVisionTransformer.save_pretrained`` wrote.
+        encoder_dir: A directory written by that function or by
+            ``QwenVisionTransformer.save_pretrained``.
         destination: A directory that does not exist yet.
 
     Returns:
@@ -62,7 +63,8 @@ def merge_into(
     config = QwenVisionConfig.from_pretrained(encoder_dir)
     if config.heads != checkpoint.config.heads and not checkpoint.config_assumed:
         raise InputError(
-            f"the encoder has {config.heads} heads, the checkpoint's {checkpoint.config.heads}"
+            f"the encoder has {config.heads} heads, but the checkpoint's encoder has "
+            f"{checkpoint.config.heads}"
         )
     encoder = open_encoder(Path(encoder_dir), checkpoint.config)
     replaced = _by_shard(checkpoint)
@@ -82,7 +84,7 @@ def merge_into(
 
 
 def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
-    """For every shard to rewrite, the encoder's name of each key to replace in it."""
+    """Return the shards to rewrite, each with its keys to replace and the encoder's names."""
     replaced: dict[Path, dict[str, str]] = {}
     for key, name in checkpoint.names.items():
         replaced.setdefault(checkpoint.tensors[key].path, {})[key] = name
@@ -90,23 +92,23 @@ def _by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, str]]:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a file is one of the names that weights of a model have, and nothing else has."""
+    """Return whether a file has a name that only weight files of a model have."""
     return path.suffix == ".safetensors" or fnmatch(path.name, "pytorch_model*.bin")
 
 
 def _refuse_second_encoder(others: list[Path], replaced: Mapping[Path, object]) -> None:
-    """Raise if a file of the other format holds an encoder too, which would stay the old one."""
+    """Raise if a file of the other format holds an encoder too, which would not be replaced."""
     formats = {path.suffix for path in replaced}
     for path in others:
         if path.suffix not in formats and any(map(encoder_key, TensorFile(path).keys)):
             raise InputError(
-                f"{path} holds the encoder a second time, and would keep the old one: remove that "
-                "format from the checkpoint first"
+                f"{path} holds the encoder a second time, in a format that is not replaced: remove "
+                "the files of that format from the checkpoint first"
             )
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, those in linked folders included."""
+    """Yield every file below a folder, including those in linked folders."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.resolve() not in (folder.resolve(), *folder.resolve().parents):
             yield from _files(path)
@@ -132,7 +134,7 @@ def _rewrite(path: Path, target: Path, names: Mapping[str, str], encoder: Tensor
 def _rewrite_safetensors(
     path: Path, target: Path, names: Mapping[str, str], encoder: TensorFile
 ) -> None:
-    """Copy the file, then write over the bytes of the tensors in ``names``: no offset changes."""
+    """Copy the file, then overwrite the bytes of the tensors in ``names``; no offset changes."""
     shutil.copyfile(path, target)
     shard = TensorFile(path)
     with target.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The Qwen-VL vision encoder: a pre-norm transformer over patches, and a Perceiver on top."""
+"""The Qwen-VL vision encoder: a pre-norm transformer over patches, then a Perceiver resampler."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VisualAttention(nn.Module):
 
 
 class VisualAttentionBlock(nn.Module):
-    """``x = x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``, the MLP with the exact GELU."""
+    """A pre-norm block: ``x = x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``, with exact GELU."""
 
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class VisualAttentionBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, L, W] -> [B, L, W]``."""
+        """Apply the block: ``[B, L, W] -> [B, L, W]``."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class VisualTransformer(nn.Module):
-    """The blocks in a row, each recomputed in the backward if asked for."""
+    """A sequence of blocks, each recomputed in the backward with gradient checkpointing."""
 
     def __init__(self, config: QwenVisionConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class VisualTransformer(nn.Module):
         self.checkpointing: dict[str, Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, L, W] -> [B, L, W]``."""
+        """Apply the blocks: ``[B, L, W] -> [B, L, W]``."""
         for block in self.resblocks:
             if self.checkpointing is not None and torch.is_grad_enabled():
                 x = checkpoint(block, x, **self.checkpointing)
@@ -81,21 +81,22 @@ class VisualTransformer(nn.Module):
 
 
 class QwenVisionTransformer(PositionedModule):
-    """Qwen-VL's vision encoder: an image in, ``n_queries`` tokens of ``output_dim`` out.
+    """Qwen-VL's vision encoder: from an image, ``n_queries`` tokens of width ``output_dim``.
 
     ``x = ln_pre(conv1(image) + positions)``; ``layers`` pre-norm blocks; attention pooling;
-    ``ln_post``. Patches are ``conv1``'s cells in row-major order. ``positions`` and the keys of the
-    pooling are square tables resized bicubically to the grid of patches, in fp32. Every LayerNorm
-    has eps 1e-6. At the released size a 448 x 448 image gives 1024 patches and 256 tokens of 4096.
+    ``ln_post``. Patches are ``conv1``'s cells in row-major order. ``positions`` and the positions
+    of the pooling's keys are square tables resized bicubically to the grid of patches, in fp32.
+    Every LayerNorm has eps 1e-6. At the released size a 448 x 448 image gives 1024 patches and 256
+    tokens of width 4096.
 
     State-dict keys are Qwen-VL-Chat's without their prefix ``transformer.visual.``:
     ``conv1.weight``, ``positional_embedding``, ``ln_pre.*``,
     ``transformer.resblocks.N.{ln_1, ln_2, attn.in_proj, attn.out_proj, mlp.c_fc, mlp.c_proj}.*``,
     ``attn_pool.*``, ``ln_post.*``;
-    :func:`visproj.qwen_vl.expected_shapes` lists them. Fresh weights follow upstream's rules.
+    :func:`visproj.qwen_vl.expected_shapes` lists them. Initial weights follow upstream's rules.
 
-    An encoder starts frozen and in eval mode; ``requires_grad_()`` frees all but the sine-cosine
-    table ``attn_pool.pos_embed``.
+    An encoder starts frozen and in eval mode. ``requires_grad_()`` makes all parameters trainable
+    except the sine-cosine table ``attn_pool.pos_embed``.
 
     Args:
         config: The architecture.
@@ -147,7 +148,7 @@ class QwenVisionTransformer(PositionedModule):
         return self.ln_post(self.attn_pool(x, grid=grid))
 
     def _check(self, pixel_values: Tensor) -> Grid:
-        """The grid of patches, or the error that :meth:`forward` names."""
+        """Return the grid of patches, or raise as :meth:`forward` says."""
         check_floating("pixel_values", pixel_values)
         check_device("pixel_values", pixel_values, "conv1.weight", self.conv1.weight)
         shape = list(pixel_values.shape)
@@ -164,11 +165,11 @@ class QwenVisionTransformer(PositionedModule):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Recompute each block in the backward instead of keeping what it computed.
+        """Recompute each block's activations in the backward instead of keeping them.
 
         Args:
-            gradient_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``;
-                ``use_reentrant`` is ``False`` unless given.
+            gradient_checkpointing_kwargs: Keyword arguments of
+                ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is ``False`` by default.
         """
         self.transformer.checkpointing = {
             "use_reentrant": False,
@@ -176,18 +177,18 @@ class QwenVisionTransformer(PositionedModule):
         }
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Keep activations again instead of recomputing them."""
         self.transformer.checkpointing = None
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward."""
+        """True if blocks are recomputed in the backward."""
         return self.transformer.checkpointing is not None
 
     def requires_grad_(self, requires_grad: bool = True) -> QwenVisionTransformer:
-        """Free or freeze every parameter except the sine-cosine table, which stays frozen."""
+        """Unfreeze or freeze every parameter except the sine-cosine table, which stays frozen."""
         super().requires_grad_(requires_grad)
-        if isinstance(self.attn_pool, QwenVLResampler):  # and not a folded one in its place
+        if isinstance(self.attn_pool, QwenVLResampler):  # not if a folded one has replaced it
             self.attn_pool.pos_embed.requires_grad_(False)
         return self
 
@@ -198,8 +199,9 @@ class QwenVisionTransformer(PositionedModule):
         """Load an encoder that ``visproj extract`` or :meth:`save_pretrained` wrote.
 
         Args:
-            directory: Holds ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``.
-            dtype: What floating-point type to cast to; ``None`` keeps what is stored.
+            directory: Directory with ``config.json``, and ``model.safetensors`` or
+                ``pytorch_model.bin``.
+            dtype: Floating-point dtype to cast to; ``None`` keeps the stored dtype.
 
         Returns:
             The encoder on the CPU, frozen and in eval mode.
@@ -219,17 +221,18 @@ class QwenVisionTransformer(PositionedModule):
         return encoder
 
     def save_pretrained(self, destination: str | Path, *, overwrite: bool = False) -> None:
-        """Write what :meth:`from_pretrained` and ``CLIPImageProcessor`` load, or nothing at all.
+        """Write all files that :meth:`from_pretrained` and ``CLIPImageProcessor`` load, or none.
 
         Args:
             destination: A directory that does not exist yet.
-            overwrite: Replace an encoder that is there.
+            overwrite: Replace an existing encoder.
 
         Raises:
-            FileExistsError: If the destination exists, and is not an encoder or not to be replaced.
-            OSError: If it cannot be written; what was there is untouched.
-            ValueError: If the module holds other tensors than its config says, as with adapters
-                that were not merged.
+            FileExistsError: If the destination exists, and is not an encoder or ``overwrite`` is
+                false.
+            OSError: If it cannot be written; the destination is then unchanged.
+            ValueError: If the module's tensors are not those of its config, for example because of
+                adapters that were not merged.
         """
         from visproj.files import entries_of
         from visproj.qwen_vl.storage import write_encoder

@@ -1,4 +1,4 @@
-"""An encoder's directory: written whole or not at all, and read back."""
+"""The directory of an encoder: written completely or not at all, and read back."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def write_encoder(
     overwrite: bool = False,
     on_written: Callable[[Entry], None] = lambda entry: None,
 ) -> list[str]:
-    """Write the directory of an encoder; the names of its files come back.
+    """Write the directory of an encoder and return the names of its files.
 
     Raises:
         FileExistsError: As :func:`staged_directory`.
         OSError: As :func:`staged_directory`.
-        ValueError: If the tensors are not those of ``config``, or if a number does not fit into the
-            dtype it is to be written in.
+        ValueError: If the tensors are not those of ``config``, or if a value does not fit into the
+            dtype that it is written in.
     """
     check_shapes({entry.name: entry.shape for entry in entries}, config)
     check = partial(check_destination, overwrite=overwrite)
@@ -59,7 +59,7 @@ def write_encoder(
 
 
 def _write_bin(weights: Path, path: Path, names: Sequence[str]) -> None:
-    """Write the tensors again as a ``.bin``; what is mapped for it is freed on return."""
+    """Write the tensors again as a ``.bin``; the memory mapping is released on return."""
     file = TensorFile(weights)
     save_bin({name: file.tensor(name) for name in names}, path)
 
@@ -67,7 +67,7 @@ def _write_bin(weights: Path, path: Path, names: Sequence[str]) -> None:
 def load_encoder_tensors(
     directory: Path, config: QwenVisionConfig, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of an encoder's directory, copied out of the file and cast.
+    """Return copies of the tensors in an encoder's directory, cast to ``dtype`` if given.
 
     Raises:
         FileNotFoundError: If the directory holds no weights.
@@ -79,7 +79,7 @@ def load_encoder_tensors(
 
 
 def open_encoder(directory: Path, config: QwenVisionConfig) -> TensorFile:
-    """The weights in an encoder's directory, with the names and shapes that ``config`` asks for.
+    """Open the weights in an encoder's directory, and check their names and shapes.
 
     Raises:
         FileNotFoundError: If there are none.

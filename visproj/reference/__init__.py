@@ -1,4 +1,4 @@
-"""The literal projectors: the oracle of the tests, slow, and sharing nothing with the fast code."""
+"""Reference projectors, the oracle of the tests: slow, and without any of the fast code."""
 
 from visproj.reference.projectors import (
     linear_projector_ref,

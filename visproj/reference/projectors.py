@@ -1,7 +1,8 @@
-"""The three projectors written out step by step: slow, literal, and the truth in fp64.
+"""The three projectors written out step by step: slow, and in fp64 the tests' reference.
 
-Each takes a state dict with upstream's keys. Nothing here is shared with the fast code: queries are
-repeated for every image, attention is a matrix product, a softmax and a matrix product.
+Each function takes a state dict with upstream's keys. No code is shared with the fast
+implementation: queries are repeated for every image, and attention is a matmul, a softmax and a
+matmul.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear_projector_ref(state: State, x: Tensor, *, eps: float = 1e-12) -> Tensor:
-    """Baseline projector: ``LayerNorm(x Wᵀ + b)``, ``[..., C] -> [..., D]``."""
+    """Compute the baseline projector, ``LayerNorm(x Wᵀ + b)``: ``[..., C] -> [..., D]``."""
     return _layer_norm(state, "1", _linear(state, "0", x), eps)
 
 
@@ -40,7 +41,7 @@ def vit_projector_ref(
     layer_norm_eps: float = 1e-5,
     eps: float = 1e-12,
 ) -> Tensor:
-    """CLIP encoder layer, Linear, LayerNorm: ``[B, S, C] -> [B, S, D]``."""
+    """Compute the ViT projector, CLIP layer, Linear and LayerNorm: ``[B, S, C] -> [B, S, D]``."""
     h = _layer_norm(state, "vis_layer.layer_norm1", x, layer_norm_eps)
     attention = "vis_layer.self_attn"
     q, k, v = (
@@ -66,7 +67,7 @@ def perceiver_projector_ref(
     key_padding_mask: Tensor | None = None,
     eps: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
-    """Perceiver resampler: ``[B, (1+)S, C] -> ([B, Q, D], attention maps [B, heads, Q, S])``."""
+    """Compute the Perceiver: ``[B, (1+)S, C]`` to ``[B, Q, D]`` and maps ``[B, heads, Q, S]``."""
     features = x[:, 1:] if has_cls else x
     batch, tokens, _ = features.shape
     grid = grid or (math.isqrt(tokens), math.isqrt(tokens))
@@ -107,12 +108,12 @@ def projector_ref(
     key_padding_mask: Tensor | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """What a projector of :mod:`visproj.projectors` should give for ``x``, from its weights.
+    """Compute the reference output of a projector of :mod:`visproj.projectors` for ``x``.
 
     Args:
         projector: A baseline, ViT or Perceiver projector, recognised by its state-dict keys.
         x: Its input, ``[B, tokens, C]``.
-        dtype: What weights, input and additive mask are cast to first; fp64 is the truth.
+        dtype: Dtype that weights, input and additive mask are cast to first.
         attn_mask: As the Perceiver takes it.
         key_padding_mask: As the Perceiver takes it.
         grid: As the Perceiver takes it.

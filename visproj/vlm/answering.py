@@ -30,20 +30,20 @@ FIELDS = ("index", "id", "question", "answer", "reference", "error")
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What ``visproj answer`` is asked for; the command line says the same of each.
+    """Options of ``visproj answer``.
 
     Attributes:
-        projector: The checkpoint's directory, or the ``--out`` of ``visproj train`` around it.
-        data: A data set, as ``visproj train`` takes it; answers in it are references.
-        out: A ``.jsonl`` or ``.csv`` file; answers that are in it are not made again.
-        images: Folder that image paths are relative to; ``None`` is that of the data.
-        columns: Names of columns that are not the usual ones.
-        split: Split to answer.
-        prompt: What is asked about images that come with captions; ``None`` is the projector's.
-        encoder: Where the encoder is; ``None`` is where it was in training.
-        language_model: Where the language model is; ``None`` as for ``encoder``.
+        projector: Directory of a trained projector, or the ``--out`` of its ``visproj train``.
+        data: Data set in a format that ``visproj train`` reads; its answers become references.
+        out: Output file, ``.jsonl`` or ``.csv``; rows that are already in it are skipped.
+        images: Folder that image paths are relative to; ``None`` takes that of the data.
+        columns: Names of columns that differ from the usual ones.
+        split: Split whose questions are answered.
+        prompt: Question for images that come without one; ``None`` takes that of the training.
+        encoder: Directory or hub name of the encoder; ``None`` takes that of the training.
+        language_model: Directory, hub name or GGUF file; ``None`` takes that of the training.
         batch: Questions per call of ``generate``.
-        max_new_tokens: The longest answer.
+        max_new_tokens: Maximum length of an answer in tokens.
     """
 
     projector: Path
@@ -60,14 +60,20 @@ class AnswerOptions:
 
     def __post_init__(self) -> None:
         if self.out.suffix not in (".jsonl", ".csv"):
-            raise InputError(f"answers are written as .jsonl or .csv, not as {self.out.name}")
+            raise InputError(f"out must be a .jsonl or .csv file, got {self.out.name}")
         for name in ("batch", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class AnswerReport(NamedTuple):
-    """What came of it: answers that are in the file, those of this call, questions without one."""
+    """Numbers of rows after :func:`run_answer`.
+
+    Attributes:
+        total: Rows in the file.
+        written: Rows that this call added.
+        faults: Added rows that have an error instead of an answer.
+    """
 
     total: int
     written: int
@@ -78,9 +84,9 @@ class _Question(NamedTuple):
     """The last question of a row.
 
     Attributes:
-        record: What is written of it, by the names of :data:`FIELDS`.
-        ids: Tokens up to where the answer begins; empty if there is a fault.
-        images: In their order.
+        record: Row of the output file, by the names of :data:`FIELDS`.
+        ids: Token ids up to where the answer begins; empty if the row has an error.
+        images: Images in the order of their placeholders.
     """
 
     record: dict[str, Any]
@@ -89,18 +95,21 @@ class _Question(NamedTuple):
 
 
 def run_answer(options: AnswerOptions, *, progress: Progress = SILENT) -> AnswerReport:
-    """Answer the last question of every row, greedily, in batches with padding on the left.
+    """Answer the last question of every row by greedy decoding, in batches padded on the left.
 
-    Earlier turns are read with the answers that the data has. A row that cannot be used gets an
-    ``error`` in the place of an answer. The file has as many rows as the data, in its order; a run
-    that was stopped goes on after the last whole row.
+    Earlier turns of a conversation keep the answers that the data has. A row that cannot be used
+    gets an ``error`` instead of an answer. The file has one row per row of the data, in the same
+    order. A run that was stopped continues after the last complete row.
 
     Args:
-        options: Checkpoint, data and file.
+        options: Projector, data and output file.
         progress: Receives each stage and every question.
 
+    Returns:
+        The numbers of rows in the file, of new rows, and of new rows with an error.
+
     Raises:
-        InputError: The data, a model or the file cannot be used; the file may be of other data.
+        InputError: The data, a model or the file cannot be used, or the file answers other data.
         FileNotFoundError: A file is missing.
         ConnectionError, ModuleNotFoundError: A model or package is missing.
         OSError: The file cannot be written.
@@ -134,7 +143,7 @@ def run_answer(options: AnswerOptions, *, progress: Progress = SILENT) -> Answer
 
 
 def _rows(source: Source, split: str) -> Iterator[Row]:
-    """Rows as they are stored, with images as bytes or paths."""
+    """Yield the rows as they are stored, with images as bytes or paths."""
     if source.file is not None:
         yield from source.rows()
         return
@@ -147,7 +156,7 @@ def _rows(source: Source, split: str) -> Iterator[Row]:
 def _read(
     index: int, row: Row, model: VisualLanguageModel, images: Path, options: AnswerOptions
 ) -> _Question:
-    """Turn a row into tokens and decoded images, or into a record with what is wrong with it."""
+    """Turn a row into token ids and decoded images, or into a record that holds its error."""
     values = row.values or {}
     record = dict.fromkeys(FIELDS)
     record |= {"index": index, "id": values.get("id", values.get("question_id"))}
@@ -168,14 +177,16 @@ def _read(
 
 
 def _sample(row: Row, options: AnswerOptions) -> tuple[Sample, Columns]:
-    """Questions and answers of a row; images alone are asked the prompt.
+    """Return the questions and answers of a row, and its columns.
+
+    Images without any text get the prompt as their question.
 
     Raises:
-        InputError: What is wrong with it.
+        InputError: The row cannot be used; the message says why.
     """
     if row.fault or row.values is None:
-        raise InputError(row.fault or "it is empty")
-    columns = options.columns.found_in(list(row.values), "it", needs_text=False)
+        raise InputError(row.fault or "the row is empty")
+    columns = options.columns.found_in(list(row.values), "the row", needs_text=False)
     prompt = options.prompt or ""
     if not columns.has_text:
         return Sample([prompt], []), columns
@@ -191,7 +202,7 @@ def _images(values: Mapping[str, Any], columns: Columns, folder: Path) -> list[P
 def _answered(
     model: VisualLanguageModel, questions: Sequence[_Question], longest: int
 ) -> Iterator[dict[str, Any]]:
-    """What is written of each question, with its answer."""
+    """Answer the questions of a batch and yield the output row of each."""
     asked = [question for question in questions if question.ids]
     answers = iter(
         model.generate_after(
@@ -212,23 +223,25 @@ def _answered(
 
 
 def _read_done(out: Path) -> list[dict[str, Any]]:
-    """Rows that are in the file; a last one that was not written to its end is cut off.
+    """Return the rows that are in the file, and cut off a last row that is incomplete.
 
     Raises:
-        InputError: The file holds something else.
+        InputError: The file does not hold answers.
     """
     if not out.exists():
         return []
     content = out.read_bytes()
     end = len(content)
-    while True:  # a text in a CSV file may have line ends of its own
+    while True:  # a quoted field of a CSV file may contain line breaks
         end = content.rfind(b"\n", 0, end) + 1
         try:
             done = _parsed(content[:end].decode(), out.suffix)
             break
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             if out.suffix != ".csv" or not isinstance(error, csv.Error) or not end:
-                raise InputError(f"{out} holds something else than answers: {error}") from error
+                raise InputError(
+                    f"{out} does not hold answers ({error}): choose another --out"
+                ) from error
             end -= 1
     if end < len(content):
         with out.open("r+b") as file:
@@ -237,11 +250,11 @@ def _read_done(out: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(text: str, suffix: str) -> list[dict[str, Any]]:
-    """Rows of answers.
+    """Parse rows of answers.
 
     Raises:
-        csv.Error: A text is not ended.
-        ValueError, KeyError, TypeError: They are something else.
+        csv.Error: A quoted field of a CSV file is not closed.
+        ValueError, KeyError, TypeError: The text does not hold answers.
     """
     if suffix == ".csv":
         done = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
@@ -249,22 +262,24 @@ def _parsed(text: str, suffix: str) -> list[dict[str, Any]]:
         done = [json.loads(line) for line in text.splitlines()]
     numbers = [int(row["index"]) for row in done]
     if numbers != list(range(len(numbers))) or any(set(row) != set(FIELDS) for row in done):
-        raise ValueError("its rows are not answers in their order")
+        raise ValueError("its rows are not answers numbered from 0")
     return done
 
 
 def _skip(
     rows: Iterator[tuple[int, Row]], done: Sequence[Mapping[str, Any]], options: AnswerOptions
 ) -> None:
-    """Pass over rows that are answered.
+    """Skip the rows of the data that the file already answers.
 
     Raises:
-        InputError: The answers are of other data: there are more of them, or the last one's
-            question is another.
+        InputError: The file answers other data: it has more rows than the data, or its last row
+            has another question.
     """
     skipped = list(islice(rows, len(done)))
     if len(skipped) < len(done):
-        raise InputError(f"{options.out} has more answers than {options.data} has rows")
+        raise InputError(
+            f"{options.out} has more answers than {options.data} has rows: choose another --out"
+        )
     if not done:
         return
     try:
@@ -273,13 +288,12 @@ def _skip(
         question = None
     if (done[-1]["question"] or None) != question:
         raise InputError(
-            f"{options.out} has answers to other questions than those of {options.data}: choose "
-            "another --out"
+            f"{options.out} answers other questions than {options.data} asks: choose another --out"
         )
 
 
 class _Writer:
-    """Appends rows to a JSONL or CSV file."""
+    """Writer that appends rows to a JSONL or CSV file."""
 
     def __init__(self, out: Path, *, resumes: bool) -> None:
         self._file = out.open("a", encoding="utf-8", newline="")
@@ -295,7 +309,7 @@ class _Writer:
         self._file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a row; in a CSV file references are a JSON list."""
+        """Append a row; a CSV file holds its references as a JSON list."""
         if not self._is_csv:
             self._file.write(f"{json.dumps(record, ensure_ascii=False)}\n")
             return
@@ -304,5 +318,5 @@ class _Writer:
         self._table.writerow({**record, "reference": text})
 
     def flush(self) -> None:
-        """Have what was written so far on disk."""
+        """Write all rows so far to the file."""
         self._file.flush()

@@ -7,7 +7,7 @@ from visproj.errors import MissingPackageError
 
 
 def bundled_image(name: str) -> Path:
-    """Path of an image whose name begins with that of the installed package it is in.
+    """Return the path of an image, given as the name of an installed package and the path in it.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: As :func:`bundled_file` says.
@@ -17,11 +17,11 @@ def bundled_image(name: str) -> Path:
 
 
 def bundled_file(package: str, relative: str) -> Path:
-    """Path of ``relative`` inside the installed ``package``.
+    """Return the path of ``relative`` inside the installed ``package``.
 
     Raises:
         ModuleNotFoundError: The package is not installed.
-        FileNotFoundError: It is, and has no such file.
+        FileNotFoundError: The package is installed and has no such file.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""``visproj chat``: a trained projector between its two models, asked about photographs."""
+"""``visproj chat``: questions about photographs to a trained projector and its two models."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ logger = logging.getLogger("visproj")
 
 PROMPT = "you> "
 HELP = """\
-/image PATH  show an image with the next question; repeat for more
+/image PATH  add an image to the next question; repeat for more
 /clear       forget the conversation and its images
 /help        list these commands
-/quit        end, as the end of the input does
-Anything else is a question; <image> in it places an image. Ctrl-C ends an answer."""
+/quit        end the conversation, as the end of the input does
+Any other line is a question; <image> marks the place of an image. Ctrl-C stops an answer."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What ``visproj chat`` is asked for; the command line says the same of each.
+    """Options of ``visproj chat``.
 
     Attributes:
-        projector: The checkpoint's directory, or the ``--out`` of ``visproj train`` around it.
-        images: Image files, all of them for one answer; in a conversation for the first one.
-        prompt: What is asked; ``None`` is what the projector was trained with. In a conversation
-            the first question, ``None`` if that is read as well.
-        encoder: CLIP, SigLIP or DINOv2 model; ``None`` is the one the projector was trained with.
-        language_model: Name on the hub, directory or GGUF file; ``None`` as for ``encoder``.
-        attention: PNG of where the model looked; ``None`` draws none.
-        max_new_tokens: The longest answer.
-        interactive: Whether it is a conversation although there are images or a prompt.
+        projector: Directory of a trained projector, or the ``--out`` of its ``visproj train``.
+        images: Image files of the question; in a conversation, of the first question.
+        prompt: Question; ``None`` takes the prompt that the projector was trained with. In a
+            conversation the first question; ``None`` reads it like the others.
+        encoder: Directory or hub name of the encoder; ``None`` takes that of the training.
+        language_model: Directory, hub name or GGUF file; ``None`` takes that of the training.
+        attention: PNG file for a picture of the attention to the image; ``None`` draws none.
+        max_new_tokens: Maximum length of an answer in tokens.
+        interactive: Whether to hold a conversation even if there are images or a prompt.
     """
 
     projector: Path
@@ -64,7 +64,7 @@ class ChatOptions:
 
     @property
     def is_conversation(self) -> bool:
-        """Whether questions are read one after the other; otherwise there is one question."""
+        """True if several questions are read one after the other, False for one question."""
         return self.interactive or (not self.images and self.prompt is None)
 
 
@@ -74,28 +74,29 @@ def run_chat(
     write: Callable[[str], None] = lambda piece: None,
     progress: Progress = SILENT,
 ) -> str:
-    """Answer one prompt about photographs, greedily, or a prompt without any.
+    """Answer one prompt, with or without photographs, by greedy decoding.
 
-    Whatever can be refused is refused before the language model is loaded, but for its width.
+    Everything but the width of the language model is checked before that model is loaded.
 
     Args:
-        options: Checkpoint, images and prompt.
-        write: Called with every piece of the answer as it is written.
+        options: Projector, images and prompt.
+        write: Called with every piece of the answer as it is generated.
         progress: Receives each stage.
 
     Returns:
         The answer.
 
     Raises:
-        FileNotFoundError: An image, a file of the checkpoint or the picture's folder is missing.
-        ValueError: A checkpoint, an image or a prompt that cannot be used, another encoder than
-            the checkpoint's, or widths that differ.
-        OSError: The picture cannot be written.
+        FileNotFoundError: An image, a file of the checkpoint or the folder of the attention picture
+            is missing.
+        ValueError: A checkpoint, an image or a prompt cannot be used, the encoder is not the one of
+            the checkpoint, or the projector's width is not the language model's.
+        OSError: The attention picture cannot be written.
         ConnectionError, ModuleNotFoundError: A model or package is missing.
     """
     check_backend()
     if not options.images and options.prompt is None:
-        raise InputError("there is no image to chat about")
+        raise InputError("there is neither an image nor a prompt: give at least one")
     _check_options(options)
     projector = load_pretrained(find_projector(options.projector))
     photographs = _photographs(options.images)
@@ -128,23 +129,24 @@ def run_conversation(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = SILENT,
 ) -> None:
-    """Answer questions and follow commands, line by line, until the lines end.
+    """Answer questions and run commands line by line, until the input ends or says ``/quit``.
 
     Args:
-        options: Checkpoint, models, and what comes before the lines: images and a prompt.
-        read: Returns the next line, ``None`` at the end.
-        write: Called with every piece of an answer as it is written, and with a line feed after it.
-        say: Called with everything else, such as why a question cannot be answered.
+        options: Projector, models, and the images and prompt of the first question, if any.
+        read: Returns the next line, or ``None`` at the end of the input.
+        write: Called with every piece of an answer as it is generated, then with a newline.
+        say: Called with every other message, such as why a question cannot be answered.
         progress: Receives each stage of loading.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C while a line is read; during an answer it ends the answer.
+        KeyboardInterrupt: Ctrl-C was pressed while a line was read. During an answer, Ctrl-C only
+            stops the answer.
         FileNotFoundError, ValueError, ConnectionError, ModuleNotFoundError: As :func:`run_chat`,
             before the first question.
     """
     check_backend()
     if options.attention is not None:
-        raise InputError("the attention is drawn for one answer, not for a conversation")
+        raise InputError("attention is not drawn in a conversation: leave out --attention")
     _check_options(options)
     projector = load_pretrained(find_projector(options.projector))
     photographs = _photographs(options.images)
@@ -163,10 +165,10 @@ def run_conversation(
 
 
 class _Lines:
-    """What the lines of a conversation do: questions, and commands that begin with a slash.
+    """Interpreter of the lines of a conversation: questions, and commands that begin with a slash.
 
     Attributes:
-        images: Those for the next question.
+        images: Images for the next question.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class _Lines:
         self._max_new_tokens = max_new_tokens
 
     def take(self, line: str) -> bool:
-        """Follow a line and return whether the conversation goes on."""
+        """Process a line and return whether the conversation continues."""
         command, *rest = line.split(maxsplit=1) or [""]
         if command == "/quit":
             return False
@@ -215,18 +217,18 @@ class _Lines:
             return
         _note_crops(self._conversation.model.encoder, [photograph])
         self.images.append(image)
-        self._say(f"{path.name} is shown with the next question")
+        self._say(f"{path.name} is added to the next question")
 
     def ask(self, question: str) -> None:
-        """Write the answer. The images stay for the next question unless there is one."""
+        """Answer a question. If it gets no answer, its images stay for the next question."""
         longest = self._max_new_tokens
         try:
             self._conversation.ask(question, self.images, max_new_tokens=longest, write=self._write)
         except KeyboardInterrupt:
             self._write("\n")
-            self._say("stopped: the question and what was answered are forgotten")
+            self._say("stopped: the question and its partial answer are forgotten")
         except ConversationFullError as error:
-            self._say(f"{error}; /clear begins a new one")
+            self._say(f"{error}; /clear begins a new conversation")
         except InputError as error:
             self._say(" ".join(str(error).split()))
         else:
@@ -235,7 +237,7 @@ class _Lines:
 
 
 def read_line() -> str | None:
-    """Return the next line of stdin, ``None`` at its end; a terminal shows where to write."""
+    """Return the next line of stdin, or ``None`` at its end; print a prompt on a terminal."""
     if sys.stdin is None:  # closed
         return None
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":
@@ -243,7 +245,7 @@ def read_line() -> str | None:
     is_terminal = _is_terminal()
     if is_terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  # editing and earlier lines
+            import readline  # noqa: F401  # enables line editing and history
     try:
         return input(PROMPT if is_terminal else "")
     except (EOFError, KeyboardInterrupt) as end:
@@ -266,7 +268,7 @@ def _check_options(options: ChatOptions) -> None:
 
 
 def _photographs(paths: Sequence[Path]) -> list[Photograph]:
-    return load_photographs(paths) if paths else []  # of no paths it makes examples
+    return load_photographs(paths) if paths else []  # without paths it loads examples
 
 
 def _note_crops(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> None:
@@ -280,7 +282,7 @@ def _load(
     photographs: Sequence[Photograph],
     progress: Progress,
 ) -> VisualLanguageModel:
-    """Load both models, the encoder first; it may not be the projector's."""
+    """Load the encoder, check that it is the projector's, then load the language model."""
     progress.stage("loading the vision encoder")
     encoder = encoder_of(projector, options.encoder)
     _note_crops(encoder, photographs)
@@ -290,37 +292,37 @@ def _load(
 
 def _check_picture(path: Path, images: int) -> None:
     if images != 1:
-        raise InputError(f"the attention is drawn over one image, not over {images}")
+        raise InputError(f"attention is drawn over exactly one image, got {images}")
     if path.suffix.lower() != ".png":
-        raise InputError(f"the picture of the attention is a PNG, call it .png, not {path.name}")
+        raise InputError(f"the attention picture must be a .png file, got {path.name}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such folder for the picture of the attention: {path.parent}")
+        raise FileNotFoundError(f"no such folder for the attention picture: {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"the picture of the attention cannot be written: {path}")
+        raise PermissionError(f"the attention picture cannot be written: {path}")
 
 
 @torch.inference_mode()
 def attention_to_patches(
     model: VisualLanguageModel, features: Tensor, prompt: str, ids: Sequence[int]
 ) -> Tensor:
-    """Where in an image the language model looked as it wrote each token of an answer.
+    """Compute the language model's attention to the image's patches for each token of an answer.
 
-    The language model's attention to the visual tokens is taken at the position that each token was
-    predicted from, averaged over layers and heads and normalised. A Perceiver's own attention, the
-    mean over its heads, carries it on to the patches. The other projectors have one token per
-    patch. The CLS token is left out if the encoder has one.
+    At the position that predicts a token, the language model's attention to the visual tokens is
+    averaged over layers and heads: ``[T, K]``. With a Perceiver it is multiplied by the Perceiver's
+    own attention, averaged over heads: ``[T, K] @ [K, S] -> [T, S]``. The other projectors have one
+    visual token per patch. A CLS token is dropped, and each row is divided by its sum.
 
     Args:
-        model: Whose projector is a :class:`~visproj.vlm.pretrained.PretrainedProjector`.
-        features: ``[1, 1 + S, C]``, of one image; ``[1, S, C]`` without a CLS token.
-        prompt: What was asked.
-        ids: ``T`` tokens of the answer.
+        model: Model whose projector is a :class:`~visproj.vlm.pretrained.PretrainedProjector`.
+        features: Features of one image, ``[1, 1 + S, C]``, or ``[1, S, C]`` without a CLS token.
+        prompt: Prompt that was answered.
+        ids: ``T`` token ids of the answer.
 
     Returns:
         fp32 ``[T, S]`` on the CPU, every row adding up to 1.
 
     Raises:
-        ValueError: The language model gives no attention weights.
+        ValueError: The language model returns no attention weights.
     """
     sequence = model.compose(features, [prompt])
     begin = model.prompt_ids(prompt).index(model.image_token_id)
@@ -339,11 +341,11 @@ def attention_to_patches(
 
 
 def _attention(language_model: Any, prefix: Tensor, ids: Sequence[int]) -> Tensor:
-    """Mean attention ``[T, P + T - 1]`` of the positions that predict ``ids`` after a prefix."""
+    """Return the mean attention ``[T, P + T - 1]`` of the positions that predict ``ids``."""
     tokens = torch.tensor([ids[:-1]], dtype=torch.long, device=prefix.device)
     written = language_model.get_input_embeddings()(tokens)
     before = language_model.config._attn_implementation
-    language_model.set_attn_implementation("eager")  # the others keep no weights
+    language_model.set_attn_implementation("eager")  # the others return no weights
     try:
         out = language_model(
             inputs_embeds=torch.cat([prefix, written], 1),
@@ -355,21 +357,21 @@ def _attention(language_model: Any, prefix: Tensor, ids: Sequence[int]) -> Tenso
         language_model.set_attn_implementation(before)
     layers = [weights[0, :, -len(ids) :] for weights in out.attentions or () if weights is not None]
     if not layers:
-        raise InputError("the language model gives no attention weights")
+        raise InputError("the language model returns no attention weights: leave out --attention")
     return torch.stack([weights.float().mean(0) for weights in layers]).mean(0)
 
 
 def join_words(pieces: Sequence[str], weights: Tensor) -> tuple[list[str], Tensor]:
-    """Tokens joined to words at white space, the rows of ``weights`` averaged over each word.
+    """Join tokens to words at white space, and average the rows of ``weights`` over each word.
 
     A token of white space alone belongs to the word before it, or to the first word.
 
     Args:
-        pieces: What each of the ``T`` tokens adds to the text.
-        weights: ``[T, S]``.
+        pieces: Text that each of the ``T`` tokens adds.
+        weights: Attention of each token, ``[T, S]``.
 
     Returns:
-        ``W`` words and ``[W, S]``. Words are never blank, unless the whole text is.
+        ``W`` words and their weights ``[W, S]``. No word is blank unless the whole text is.
     """
     words: list[str] = []
     rows: list[list[Tensor]] = []

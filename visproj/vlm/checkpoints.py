@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: which are whole, and whether a run may go on from them."""
+"""Checkpoints of a training run: which are complete, and whether a run may resume from them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from visproj.files import replacing, write_json
 
 COMPLETE = "complete"
 RUN_NAME = "run.json"
-GROWING = ("epochs", "max steps")  # a run may go on for more of these
+GROWING = ("epochs", "max steps")  # a resumed run may have more of these
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first: what has its marker was written to its end."""
+    """Return the complete checkpoints of a run, oldest first: those that hold the marker file."""
     found = {}
     for folder in out.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -29,7 +29,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def mark_complete(folder: Path) -> None:
-    """Write the marker of a checkpoint whose other files are on disk."""
+    """Flush the files of a checkpoint to disk, then write the marker that it is complete."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
@@ -39,7 +39,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def remove_incomplete(out: Path) -> None:
-    """Remove what killed runs left of checkpoints that they were writing."""
+    """Remove the incomplete checkpoints that killed runs have left."""
     whole = checkpoints(out)
     for folder in out.glob("checkpoint-*"):
         if folder not in whole:
@@ -47,17 +47,19 @@ def remove_incomplete(out: Path) -> None:
 
 
 def write_identity(out: Path, identity: Mapping[str, Any]) -> None:
-    """Keep what has to be the same for a run to go on."""
+    """Write the settings, data and models that a resumed run must have in common with this one."""
     with replacing(out / RUN_NAME) as partial:
         write_json(partial, dict(identity))
 
 
 def check_identity(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raise unless the run in ``out`` is the one that is described.
+    """Raise unless the run in ``out`` has the settings, data and models of ``identity``.
+
+    Only the numbers of epochs and steps may differ: they may be larger than before.
 
     Raises:
-        InputError: It has other settings, data or models; the message names them. It may go on for
-            more epochs or steps. Or its description is damaged.
+        InputError: The run differs, and the message names the first difference; or the file that
+            describes it cannot be read.
     """
     file = out / RUN_NAME
     try:
@@ -71,6 +73,6 @@ def check_identity(out: Path, identity: Mapping[str, Any]) -> None:
         grown = name in GROWING and (new is None or (old is not None and old <= new))
         if old != new and not grown:
             raise InputError(
-                f"the run in {out} has {name} {old}, and this one {new}: give the same options "
+                f"the run in {out} has {name} {old}, but this one has {new}: give the same options "
                 "with --resume, or choose another --out"
             )

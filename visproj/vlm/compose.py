@@ -1,4 +1,4 @@
-"""Putting visual tokens where their placeholders stand in a text."""
+"""Insertion of visual tokens at their placeholders in a text."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ IGNORE_INDEX = -100
 
 
 class VisualSequence(NamedTuple):
-    """What a causal language model takes: one row a sample, text and visual tokens in order.
+    """Inputs of a causal language model: one row per sample, text and visual tokens in order.
 
     Attributes:
         inputs_embeds: ``[B, T', D]``, zero at padding.
-        attention_mask: ``[B, T']``: 0 at padding, ``visual_mask_value`` at visual tokens, elsewhere
-            the mask that came in.
+        attention_mask: ``[B, T']``: 0 at padding, ``visual_mask_value`` at visual tokens, and the
+            given mask elsewhere.
         labels: ``[B, T']`` with -100 at visual tokens and padding, or ``None``.
-        position_ids: ``[B, T']``, counting the attended tokens of a row from 0.
+        position_ids: Int64 ``[B, T']``: index of each token among the attended tokens of its row.
     """
 
     inputs_embeds: Tensor
@@ -47,36 +47,35 @@ def insert_visual_tokens(
     """Replace every image placeholder by its image's visual tokens.
 
     The images of the batch come in reading order: sample by sample, and within a sample in the
-    order of the placeholders. Padding (masked positions at either end of a row) is cut off and put
-    back on one side of all rows, so that they end up as long as the longest one needs.
-    Differentiable in ``text_embeds`` and ``visual_tokens``.
+    order of the placeholders. Padding (masked positions at either end of a row) is removed. Then
+    all rows are padded on one side to the length of the longest row. The result is differentiable
+    in ``text_embeds`` and ``visual_tokens``.
 
     Args:
-        text_embeds: ``[B, T, D]`` embeddings of ``input_ids``; what stands at placeholders is
-            ignored.
-        input_ids: ``[B, T]``, integer.
+        text_embeds: ``[B, T, D]`` embeddings of ``input_ids``; those of placeholders are ignored.
+        input_ids: Token ids ``[B, T]``, integer.
         visual_tokens: ``[N, K, D]``, ``K`` tokens for each of the ``N`` images, or a list of
             ``[K_i, D]``; cast to the dtype of ``text_embeds``.
         images_per_sample: ``B`` counts that add up to ``N``; 0 for a sample without images.
-        image_token_id: The id that marks a placeholder in ``input_ids``.
+        image_token_id: Id of the placeholder token in ``input_ids``.
         attention_mask: ``[B, T]``, 0 or False at padding and positive elsewhere; all ones when
             ``None``.
-        labels: ``[B, T]``, signed integer.
+        labels: Target ids ``[B, T]``, signed integer.
         pad_to_multiple_of: Round the row length up to a multiple of this.
         padding_side: ``"left"``, which ``generate`` needs, or ``"right"``. ``None`` keeps the side
-            on which ``attention_mask`` shows padding, and is the right where it shows none. It has
-            to be given where the mask shows padding on both.
-        visual_mask_value: What the attention mask holds at visual tokens. DeepSpeed-VisualChat
-            trains with 2, and with ``pad_to_multiple_of=8``.
+            on which ``attention_mask`` has padding, and means the right if it has none. It must be
+            given if the mask has padding on both sides.
+        visual_mask_value: Value of the attention mask at visual tokens. DeepSpeed-VisualChat trains
+            with 2, and with ``pad_to_multiple_of=8``.
 
     Returns:
         A :class:`VisualSequence`.
 
     Raises:
         TypeError: If ids, labels or counts are not integer, or embeddings not floating point.
-        InputError: If shapes, devices or padding options do not fit, if the mask shows padding on
-            both sides and ``padding_side`` is not given, or if a sample holds another number of
-            placeholders than ``images_per_sample`` says; the message names the sample.
+        InputError: If shapes, devices or padding options do not fit, if the mask has padding on
+            both sides and ``padding_side`` is not given, or if the number of placeholders in a
+            sample differs from ``images_per_sample``; the message names the sample.
 
     Source: DeepSpeed-VisualChat ``utils/model/modeling_dsvl.py``, ``concat``, which drops samples
     without images and gives a sample's images to its placeholders in reverse order.
@@ -107,7 +106,7 @@ def insert_visual_tokens(
     text_row, text_column = (kept & ~placeholder).nonzero(as_tuple=True)
     text_at = (text_row, start[text_row, text_column])
     image_row, image_column = placeholder.nonzero(as_tuple=True)
-    # The i-th visual token of all, less those of earlier images, counts from its image's start.
+    # Column of visual token i of the batch: its image's start + i - tokens of earlier images.
     ahead = start[image_row, image_column] - (per_image.cumsum(0) - per_image)
     total = len(visual_tokens)
     image_row, ahead = (
@@ -131,7 +130,7 @@ def insert_visual_tokens(
 
 
 def _rows(visual_tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """The visual tokens of all images ``[sum K, D]``, and how many each has."""
+    """Return the visual tokens of all images ``[sum K, D]``, and how many each image has."""
     if isinstance(visual_tokens, Tensor):
         if visual_tokens.ndim != 3:
             raise InputError(
@@ -147,29 +146,29 @@ def _rows(visual_tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
             raise InputError(f"visual_tokens[{index}] must be [K, D], got {got}")
         if image.shape[1] != tokens[0].shape[1]:
             raise InputError(
-                f"visual_tokens[{index}] are {image.shape[1]} wide, visual_tokens[0] "
-                f"{tokens[0].shape[1]}"
+                f"visual_tokens[{index}] has width {image.shape[1]}, but visual_tokens[0] has "
+                f"width {tokens[0].shape[1]}"
             )
     if not tokens:
-        raise InputError("visual_tokens is an empty list: without images pass [0, K, D]")
+        raise InputError("visual_tokens is an empty list: without images pass a tensor [0, K, D]")
     return torch.cat(tokens), [len(image) for image in tokens]
 
 
 def _without_padding(attended: Tensor) -> Tensor:
-    """True from the first attended position of a row to its last."""
+    """Return a mask that is True from the first attended position of each row to its last."""
     seen = attended.cumsum(1) > 0
     still_to_come = attended.flip(1).cumsum(1).flip(1) > 0
     return seen & still_to_come
 
 
 def _shown_side(kept: Tensor) -> Literal["left", "right"]:
-    """The side of the padding around what is kept; a row of padding alone shows none."""
+    """Return the side that has padding, or the right; rows of padding alone do not count."""
     some = kept.any(1)
     left = bool((some & ~kept[:, :1].any(1)).any())
     right = bool((some & ~kept[:, -1:].any(1)).any())
     if left and right:
         raise InputError(
-            "attention_mask shows padding on the left and on the right: say padding_side"
+            "attention_mask has padding on the left and on the right: pass padding_side"
         )
     return "left" if left else "right"
 
@@ -177,7 +176,7 @@ def _shown_side(kept: Tensor) -> Literal["left", "right"]:
 def _check_mask(attention_mask: Tensor, visual_mask_value: int) -> None:
     dtype = attention_mask.dtype
     if dtype.is_floating_point:
-        largest = int(2 / torch.finfo(dtype).eps)  # up to here every integer is exact
+        largest = int(2 / torch.finfo(dtype).eps)  # every integer up to here is exact
     else:
         largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
     if not 1 <= visual_mask_value <= largest:
@@ -188,7 +187,7 @@ def _check_mask(attention_mask: Tensor, visual_mask_value: int) -> None:
     if dtype != torch.bool and not bool((attention_mask >= 0).all()):
         raise InputError(
             "attention_mask must be 0 at padding and positive elsewhere, got "
-            f"{attention_mask.min().item()}: a mask to add to attention scores is another thing"
+            f"{attention_mask.min().item()}: additive masks are not supported"
         )
 
 
@@ -215,7 +214,8 @@ def _check(
         )
     if visual_tokens.shape[1] != text_embeds.shape[2]:
         raise InputError(
-            f"visual_tokens are {visual_tokens.shape[1]} wide, text_embeds {text_embeds.shape[2]}"
+            f"visual_tokens have width {visual_tokens.shape[1]}, but text_embeds have width "
+            f"{text_embeds.shape[2]}"
         )
     for name, extra in (("attention_mask", attention_mask), ("labels", labels)):
         if extra is not None and extra.shape != input_ids.shape:

@@ -1,4 +1,4 @@
-"""A conversation of several turns, whose history stays in the language model's cache."""
+"""Conversation of several turns, whose history stays in the language model's key-value cache."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from visproj.vlm.language import IMAGE_TOKEN
 from visproj.vlm.model import VisualLanguageModel
 from visproj.vlm.prompts import end_of_text_ids
 
-# The chat template needs an answer between two questions. What it writes after the answer does not
-# depend on the answer, and the answer's own tokens are those that were generated.
+# Text of earlier answers when the chat template is rendered. What the template writes after an
+# answer does not depend on its text, and the history keeps the token ids that were generated.
 STAND_IN = "answer"
 
 
 class ConversationFullError(InputError):
-    """A further question does not fit after the history; :meth:`Conversation.clear` makes room."""
+    """Error for a question that does not fit after the history; ``clear()`` makes room."""
 
 
 class Answer(BaseStreamer):
-    """What ``generate`` writes, handed on token by token, characters whole.
+    """Streamer for ``generate`` that passes text on token by token, and never half a character.
 
     Args:
-        tokenizer: Turns ids into text.
+        tokenizer: Tokenizer that decodes the ids.
         write: Called with each new piece of text.
 
     Attributes:
-        ids: The tokens so far.
-        pieces: What each of them added to the text; empty for a special token and for a part of a
-            character.
+        ids: Token ids so far.
+        pieces: Text that each token added; empty for a special token and for part of a character.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None] = lambda piece: None) -> None:
@@ -48,26 +47,26 @@ class Answer(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """All pieces together."""
+        """Text so far: all pieces joined."""
         return "".join(self.pieces)
 
     def put(self, value: Tensor) -> None:
-        """Take new tokens; the first call's are the prompt's, none where embeddings came in."""
+        """Receive new token ids; the first are the prompt's, or none if it came as embeddings."""
         for token in value.flatten().tolist():
             self.ids.append(token)
-            # Bytes of an unfinished character decode to U+FFFD, until the rest of them is in.
+            # Bytes of an unfinished character decode to U+FFFD, until the rest of them arrive.
             self.pieces.append(self._new().rstrip("\ufffd"))
             self._write(self.pieces[-1])
 
     def end(self) -> None:
-        """Hand on what is left of a character that was never finished."""
+        """Pass on the rest of a character that was never completed."""
         if self.ids:
             rest = self._new()
             self.pieces[-1] += rest
             self._write(rest)
 
     def _new(self) -> str:
-        """What the tokens so far add to the text so far."""
+        """Return the text that the ids add to the pieces so far."""
         text = self._tokenizer.decode(
             self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -75,13 +74,13 @@ class Answer(BaseStreamer):
 
 
 class _History(NamedTuple):
-    """The finished turns.
+    """Completed turns of a conversation.
 
     Attributes:
-        questions: With ``<image>`` wherever an image is.
-        embeds: ``[1, T, D]``, the embeddings of everything, each answer with its end of text.
-        cache: Keys and values of the first of these ``T`` tokens; the last tokens of an answer may
-            be missing. ``None`` where the language model's cache cannot be continued.
+        questions: Questions, with ``<image>`` at the place of each image.
+        embeds: Embeddings of all turns, ``[1, T, D]``; each answer includes its end of text.
+        cache: Key-value cache of these ``T`` tokens, which may lack the last tokens of the last
+            answer. ``None`` if the language model's cache cannot be continued.
     """
 
     questions: tuple[str, ...]
@@ -90,17 +89,17 @@ class _History(NamedTuple):
 
 
 class Conversation:
-    """Questions about images and greedy answers, each of which sees the turns before it.
+    """Conversation about images with greedy answers, in which each turn sees the turns before it.
 
     The language model's key-value cache holds the history: a further turn runs only the new images
     and the new question through the model. Models whose cache cannot be continued (Mamba, RWKV)
-    read the whole conversation again in every turn. The tokens are those of
-    :meth:`PromptTokenizer.question_ids`, as in training, and the answers as they were generated.
+    read the whole conversation again in every turn. :meth:`PromptTokenizer.question_ids` turns
+    questions into token ids, as in training. Answers keep the token ids that were generated.
 
-    A turn that an error or Ctrl-C ends leaves the conversation as it was before the question.
+    If an error or Ctrl-C ends a turn, the conversation stays as it was before the question.
 
     Args:
-        model: In eval mode; is not changed.
+        model: Model in eval mode; it is not changed.
     """
 
     def __init__(self, model: VisualLanguageModel) -> None:
@@ -109,7 +108,7 @@ class Conversation:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens and tokens of text in the history."""
+        """Number of tokens in the history, visual tokens included."""
         return 0 if self._history.embeds is None else self._history.embeds.shape[1]
 
     def clear(self) -> None:
@@ -131,19 +130,19 @@ class Conversation:
         """Answer the next question.
 
         Args:
-            question: ``<image>`` in it places an image; without any, the images come first.
-            images: RGB images for this question; those of earlier turns are still seen.
-            max_new_tokens: The longest answer.
+            question: Question, in which ``<image>`` marks the place of an image; without any, the
+                images come first.
+            images: RGB images of this question; the model still sees those of earlier turns.
+            max_new_tokens: Maximum length of the answer in tokens.
             write: Called with every piece of the answer as it is generated.
 
         Returns:
             The answer.
 
         Raises:
-            ConversationFullError: Question and longest answer do not fit after the history.
-            InputError: They do not even fit without a history, ``<image>`` is in the question
-                another number of times than there are images, or the chat template cannot be used
-                for several turns.
+            ConversationFullError: The question and the longest answer do not fit after the history.
+            InputError: They do not fit even without a history, the question has ``<image>`` but not
+                once per image, or the chat template cannot be used for several turns.
         """
         if isinstance(images, Image.Image):
             raise InputError("images must be a list of images, got one image")
@@ -165,7 +164,7 @@ class Conversation:
         return answer.text
 
     def _new_ids(self, questions: Sequence[str]) -> list[int]:
-        """Token ids from the end of the last answer to where the next one begins."""
+        """Return the token ids from the end of the last answer to where the next one begins."""
         answers = [STAND_IN] * (len(questions) - 1)
         ids = self.model._prompts.question_ids(questions, answers, 0)[-1]
         if not ids:
@@ -182,7 +181,7 @@ class Conversation:
             raise ConversationFullError(f"the conversation is full: {error}") from error
 
     def _embed(self, ids: list[int], images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings ``[1, T, D]`` of the history and of a question with its images."""
+        """Return the embeddings ``[1, T, D]`` of the history and of a question with its images."""
         row = torch.tensor([ids])
         features = self.model.features(images)
         sequence = self.model.place(features, row, torch.ones_like(row), [len(images)])
@@ -191,7 +190,7 @@ class Conversation:
         return torch.cat([self._history.embeds, sequence.inputs_embeds], 1)
 
     def _generate(self, embeds: Tensor, cache: Any, answer: Answer, longest: int) -> None:
-        """Write the answer to ``embeds``, of which the model reads what ``cache`` lacks."""
+        """Generate the answer; the model reads only the part of ``embeds`` that ``cache`` lacks."""
         language_model, end = self.model.language_model, self.model.tokenizer.eos_token_id
         cached = {} if cache is None else {"past_key_values": cache, "cache_implementation": None}
         language_model.generate(
@@ -211,7 +210,7 @@ class Conversation:
         return {self.model.tokenizer.eos_token_id, *end_of_text_ids(self.model.language_model)}
 
     def _finished(self, ids: list[int]) -> list[int]:
-        """The tokens of an answer and the one end of text that answers have in training."""
+        """Return the ids of an answer with exactly one end of text, as in training."""
         cut = ids[:-1] if ids and ids[-1] in self._ends() else ids
         return [*cut, self.model.tokenizer.eos_token_id]
 
@@ -220,16 +219,17 @@ class Conversation:
 
 
 def check_prompt(prompt: str, images: int) -> None:
-    """Raise ``InputError`` unless a prompt places all of its images or none."""
+    """Raise ``InputError`` unless a prompt has one ``<image>`` per image, or none."""
     found = prompt.count(IMAGE_TOKEN)
     if found not in (0, images):
         raise InputError(
-            f"{IMAGE_TOKEN} is in the prompt {found} times, the number of images is {images}"
+            f"the prompt has {found} of {IMAGE_TOKEN} for {images} images: write one per image, or "
+            "none"
         )
 
 
 def _copied(cache: Any) -> Any:
-    """Return a cache to add to; both share their tensors, which an addition replaces."""
+    """Return a copy of a cache that shares its tensors; new tokens do not change the original."""
     if cache is None:
         return None
     copied = copy.copy(cache)

@@ -1,4 +1,4 @@
-"""What is asked of a causal language model: a prefix read once, answers after it, its limits."""
+"""Calls of a causal language model: reading a prefix once, logits of answers, context length."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names in t
 
 
 class Prefix(NamedTuple):
-    """What images and prompts are to the language model, to be continued by any answers.
+    """Images and prompts as input of the language model, to be continued by any answers.
 
     Attributes:
         inputs_embeds: ``[B, P, D]``, zero at padding, which is on the left.
         attention_mask: ``[B, P]``, 0 at padding.
-        cache: The model's key-value cache, a transformers ``DynamicCache``; ``None`` for a model
-            without one that answers can share, which then reads the prefix again with each answer.
-        logits: ``[B, 1, V]``, for the first token of an answer; ``None`` where ``cache`` is.
-        lengths: ``B`` numbers of attended tokens.
+        cache: The model's key-value cache, a transformers ``DynamicCache``; ``None`` if answers
+            cannot share it. The model then reads the prefix again with each answer.
+        logits: Logits of an answer's first token, ``[B, 1, V]``; ``None`` if ``cache`` is ``None``.
+        lengths: Number of attended tokens in each of the ``B`` rows.
     """
 
     inputs_embeds: Tensor
@@ -38,14 +38,14 @@ class Prefix(NamedTuple):
 
 
 def check_language_model(language_model: Any) -> bool:
-    """Try the model on a few embeddings and return whether answers can share its cache.
+    """Run the model on a few embeddings and return whether answers can share its cache.
 
-    They can if the cache holds keys and values alone, the model takes the tokens' positions, which
-    padding on the left would otherwise shift, and what comes out is the same.
+    They can if the cache holds only keys and values, the model takes ``position_ids`` (without them
+    padding on the left would shift positions), and the logits are the same without the cache.
 
     Raises:
-        InputError: The model is not a causal language model that runs on embeddings and generates
-            from them what its forward pass predicts; the message has its class.
+        InputError: The model is not a causal language model, does not run on ``inputs_embeds``, or
+            generates other tokens than its forward pass predicts; the message names its class.
     """
     name = type(language_model).__name__
     if getattr(language_model.config, "is_encoder_decoder", False):
@@ -59,21 +59,21 @@ def check_language_model(language_model: Any) -> bool:
             f"{name} cannot be used as the language model: {one_line(error)}"
         ) from error
     if _differ(out.logits[0, :-1], out.logits[1, :-1]):
-        raise InputError(f"{name} is not causal: a token changes what is predicted before it")
+        raise InputError(f"{name} is not causal: a token changes the logits of earlier positions")
     if _differ(generated, predicted):
         raise InputError(
-            f"{name} cannot be used as the language model: it generates something else than its "
-            "forward pass predicts"
+            f"{name} cannot be used as the language model: generate() and its forward pass give "
+            "different logits"
         )
     return shares
 
 
 def _try(language_model: Any) -> tuple[Any, Tensor, Tensor]:
-    """Run two rows that differ in their last token alone, and generate two tokens after the first.
+    """Run two rows that differ only in their last token, and generate two tokens after the first.
 
     Returns:
-        The output of both rows, and the logits ``[2, V]`` of the two tokens: as generated step by
-        step, and from one forward pass.
+        The output of both rows, and the logits ``[2, V]`` of the two generated tokens: once from
+        ``generate``, once from one forward pass.
     """
     table = language_model.get_input_embeddings()
     rows, device = table.weight.shape[0], table.weight.device
@@ -81,7 +81,7 @@ def _try(language_model: Any) -> tuple[Any, Tensor, Tensor]:
     mask = torch.ones_like(ids)
     out = language_model(inputs_embeds=table(ids), attention_mask=mask, use_cache=True)
     if getattr(out, "logits", None) is None or out.logits.ndim != 3:
-        raise InputError("it gives no logits for every token")
+        raise InputError("it does not return logits for every token")
     generated = language_model.generate(
         inputs_embeds=table(ids[:1]),
         attention_mask=mask[:1],
@@ -93,14 +93,14 @@ def _try(language_model: Any) -> tuple[Any, Tensor, Tensor]:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    # Two rows again: some models keep what they have read, and would meet another batch size.
+    # Two rows again: some models keep a state from the last call, which has this batch size.
     whole = torch.cat([ids[:1], generated.sequences[:, :1]], 1).expand(2, -1)
     predicted = language_model(inputs_embeds=table(whole), use_cache=False).logits[0, -2:]
     return out, torch.cat(generated.logits), predicted
 
 
 def _continues(language_model: Any) -> bool:
-    """Return whether answers after a shared cache are those after whole sequences."""
+    """Return whether logits after a shared cache equal those of whole sequences."""
     if not takes(language_model, "position_ids"):
         return False
     table = language_model.get_input_embeddings()
@@ -114,14 +114,14 @@ def _continues(language_model: Any) -> bool:
     try:
         prefix = read_prefix(language_model, sequence, True)
         return not _differ(answer_logits(language_model, prefix, *answers), whole)
-    except Exception:  # some models of some releases cannot continue several tokens at once
+    except Exception:  # some models cannot add several tokens to a cache at once
         return False
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:
-    """Return whether logits are further apart than rounding could bring them.
+    """Return whether logits differ by more than rounding can explain.
 
-    Those that are not finite never are: training says so itself, with the step.
+    Logits that are not finite count as equal: training reports them, with the step.
     """
     largest = second.abs().max().float()
     distance = (first.float() - second.float()).abs().max()
@@ -134,7 +134,7 @@ def takes(language_model: Any, argument: str) -> bool:
 
 
 def _is_plain(cache: Any) -> bool:
-    """Return whether a row of the cache is keys and values that can be copied and continued."""
+    """Return whether the cache holds only keys and values, which can be copied and continued."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -142,9 +142,9 @@ def _is_plain(cache: Any) -> bool:
 
 
 def context_limit(config: Any) -> int | None:
-    """Return how many tokens the model reads at most, or ``None`` if its configuration sets none.
+    """Return the model's context length in tokens, or ``None`` if its configuration sets none.
 
-    Models with rotary positions run past this limit without an error, and answer badly.
+    Models with rotary positions run past this limit without an error, but answer badly.
     """
     text = config.get_text_config()
     values = [getattr(text, name, None) for name in LIMITS]
@@ -152,28 +152,32 @@ def context_limit(config: Any) -> int | None:
 
 
 def check_context(limit: int | None, before: int, answer: int) -> None:
-    """Raise if an answer does not fit into what the language model reads.
+    """Raise if prompt and answer together exceed the language model's context length.
 
     Args:
-        limit: From :func:`context_limit`.
-        before: Visual tokens and tokens of the prompt.
-        answer: Tokens of the answer. The last one, its end of text, is written and never read.
+        limit: Context length from :func:`context_limit`.
+        before: Number of visual tokens and prompt tokens.
+        answer: Number of answer tokens. The last one, its end of text, is generated and never read.
 
     Raises:
-        InputError: It does not fit; the message has the numbers.
+        InputError: They do not fit; the message states the numbers.
     """
     if limit is None or before + answer - 1 <= limit:
         return
     room = limit - before + 1
     raise InputError(
-        f"{before} tokens of images and prompt and up to {answer} of an answer do not fit into the "
-        f"{limit} that the language model reads: "
-        + (f"there is room for an answer of {room}" if room > 0 else "not even without an answer")
+        f"{before} tokens of images and prompt and an answer of up to {answer} do not fit into the "
+        f"language model's context of {limit} tokens: "
+        + (f"the answer may have up to {room}" if room > 0 else "the prompt alone is too long")
     )
 
 
 def read_prefix(language_model: Any, sequence: VisualSequence, shares_cache: bool) -> Prefix:
-    """Run the model over images and prompts, padded on the left, if its cache can be shared."""
+    """Run the model on images and prompts, padded on the left, if answers can share its cache.
+
+    Raises:
+        InputError: Images and prompt of a sample exceed the model's context length.
+    """
     embeds, mask, _, positions = sequence
     lengths = (mask != 0).sum(1).tolist()
     limit = context_limit(language_model.config)
@@ -191,21 +195,21 @@ def read_prefix(language_model: Any, sequence: VisualSequence, shares_cache: boo
 
 
 def last_logits(language_model: Any, count: int) -> dict[str, int]:
-    """The argument that spares a model the logits before the last ``count``, where it has it."""
+    """Return the argument that limits the logits to the last ``count``, if the model takes it."""
     return {"logits_to_keep": count} if takes(language_model, "logits_to_keep") else {}
 
 
 def answer_logits(
     language_model: Any, prefix: Prefix, ids: Tensor, mask: Tensor, count: int
 ) -> Tensor:
-    """Logits ``[B * A, T, V]`` that predict each token of the answers.
+    """Compute the logits ``[B * A, T, V]`` that predict each token of the answers.
 
     Args:
-        language_model: What ``prefix`` is of.
-        prefix: Of ``B`` samples; it is not changed.
-        ids: ``[B * A, T]``, sample by sample, padded on the right.
+        language_model: Model that has read ``prefix``.
+        prefix: Prefix of ``B`` samples; it is not changed.
+        ids: Answer tokens ``[B * A, T]``, sample by sample, padded on the right.
         mask: ``[B * A, T]``, 0 at padding.
-        count: ``A`` answers per sample.
+        count: Number ``A`` of answers per sample.
     """
     before = prefix.attention_mask.repeat_interleave(count, 0)
     attended = torch.cat([before, mask[:, :-1]], 1)
@@ -227,14 +231,14 @@ def answer_logits(
 def _logits_from_start(
     language_model: Any, prefix: Prefix, ids: Tensor, attended: Tensor, count: int
 ) -> Tensor:
-    """The same from whole sequences, padded on the right, which no causal model can notice."""
+    """Compute the same logits from whole sequences; a causal model ignores padding on the right."""
     answers = language_model.get_input_embeddings()(ids[:, :-1])
     before = prefix.inputs_embeds.repeat_interleave(count, 0)
     embeds = torch.cat([before, answers.to(before.dtype)], 1)
     lengths = [length for length in prefix.lengths for _ in range(count)]
     starts = [before.shape[1] - length for length in lengths]
     embeds, attended = (_without_start(rows, starts) for rows in (embeds, attended))
-    kept = embeds.shape[1] - min(lengths) + 1  # the shortest prefix's last token predicts as well
+    kept = embeds.shape[1] - min(lengths) + 1  # from the last token of the shortest prefix on
     logits = language_model(
         inputs_embeds=embeds,
         attention_mask=attended,
@@ -243,18 +247,18 @@ def _logits_from_start(
     ).logits[:, -kept:]
     offsets = torch.tensor(lengths, device=ids.device)[:, None] - min(lengths)
     where = offsets + torch.arange(ids.shape[1], device=ids.device)  # [B * A, T]
-    where = where.clamp(max=kept - 1)  # at padding only
+    where = where.clamp(max=kept - 1)  # changes padding only
     return logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def _without_start(rows: Tensor, starts: Sequence[int]) -> Tensor:
-    """Each row from its start on, padded on the right with zeros."""
+    """Return each row from its start on, padded on the right with zeros."""
     cut = [row[start:] for row, start in zip(rows, starts, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(cut, batch_first=True)
 
 
 def _repeated(cache: Any, count: int) -> Any:
-    """A cache with every row ``count`` times; the tensors of ``cache`` stay as they are."""
+    """Return a cache with every row repeated ``count`` times; ``cache`` is not changed."""
     repeated = copy.copy(cache)
     repeated.layers = [copy.copy(layer) for layer in cache.layers]
     repeated.batch_repeat_interleave(count)
@@ -262,6 +266,6 @@ def _repeated(cache: Any, count: int) -> Any:
 
 
 def token_log_probs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Log-probability of each id, fp32 ``[R, T]``, zero at padding."""
+    """Compute each id's log-probability from ``[R, T, V]``: fp32 ``[R, T]``, zero at padding."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
     return -(losses.view_as(ids) * mask)

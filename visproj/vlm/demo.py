@@ -1,4 +1,4 @@
-"""The demo: photographs through an encoder and every projector, beside a prompt's embeddings."""
+"""``visproj demo``: photographs encoded, projected and inserted into a prompt's embeddings."""
 
 import statistics
 import time
@@ -34,16 +34,16 @@ BATCH = 8  # photographs encoded together
 
 @dataclass(frozen=True)
 class DemoRow:
-    """What one projector did.
+    """Measurements of one projector.
 
     Attributes:
         kind: ``baseline``, ``vit`` or ``perceiver``.
-        parameters: Their number, frozen ones included.
-        tokens_in: Tokens per image of the encoder, CLS included.
-        tokens_out: Tokens per image for the language model.
-        milliseconds: Median time per image, the photographs taken as one batch.
-        max_error: Largest absolute difference to the fp64 reference.
-        sequence: Shape of the embeddings with the prompt, ``(images, tokens, D)``.
+        parameters: Number of parameters, frozen ones included.
+        tokens_in: Encoder tokens per image, CLS included.
+        tokens_out: Visual tokens per image.
+        milliseconds: Median time per image in ms, with all photographs in one batch.
+        max_error: Largest absolute difference from the fp64 reference.
+        sequence: Shape of the prompt's embeddings with the visual tokens, ``(images, tokens, D)``.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demo has found: names, a row per projector, pictures written, notes."""
+    """Results of the demo: names of models and photographs, rows, picture files and notes."""
 
     encoder: str
     language: str
@@ -77,27 +77,30 @@ def run_demo(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> DemoReport:
-    """Project photographs with untrained projectors and draw what there is to see.
+    """Run untrained projectors on photographs and save pictures of the results.
 
     Nothing is written before every input has been read and every projector has run. The global
-    random state stays as it was.
+    random state is not changed.
 
     Args:
-        images: Image files; none means scikit-learn's two photographs.
+        images: Image files; if empty, scikit-learn's two photographs.
         kinds: Projectors to run.
-        encoder: CLIP, SigLIP or DINOv2 model, a directory or a name on the hub; None is the
-            offline one.
-        prompt: Text beside each image, which stands where ``<image>`` does, or else in front.
-        out: Folder for the pictures, made if it is missing.
-        seed: Seeds each projector's initialisation.
+        encoder: Directory or hub name of a CLIP, SigLIP or DINOv2 model; ``None`` takes the
+            offline encoder.
+        prompt: Prompt for each image, with the image in the place of ``<image>``, or else first.
+        out: Folder for the pictures, created if it is missing.
+        seed: Seed of each projector's initialisation.
         progress: Receives each stage.
 
+    Returns:
+        One row per projector, and the files that were written.
+
     Raises:
-        ValueError: An unknown kind, or an input that cannot be used.
+        ValueError: A kind is unknown, or an input cannot be used.
         FileNotFoundError: An image does not exist.
         NotADirectoryError: ``out`` is a file.
         PermissionError: ``out`` cannot be written.
-        ConnectionError: A model has to be fetched and cannot be.
+        ConnectionError: A model must be downloaded and cannot be.
         ModuleNotFoundError: A package of the extra ``demo`` is not installed.
     """
     check_writable(out)
@@ -161,15 +164,18 @@ def _measure(
 
 
 def compose(tokens: Tensor, prompt: str, language: LanguageEmbedding) -> Tensor:
-    """Embeddings ``[N, T, D]``: one sample an image, its tokens inside the prompt's.
+    """Insert each image's visual tokens into the embeddings of the prompt.
 
     Args:
         tokens: Visual tokens ``[N, K, D]``.
         prompt: Text with one ``<image>`` in it.
-        language: Where the prompt's ids and embeddings come from.
+        language: Tokenizer and embedding table of the prompt.
+
+    Returns:
+        Embeddings ``[N, T, D]``, one sample per image.
 
     Raises:
-        ValueError: The prompt has another number of ``<image>`` than one.
+        ValueError: The prompt does not have exactly one ``<image>``.
     """
     count = len(tokens)
     ids = language.encode(prompt).expand(count, -1)

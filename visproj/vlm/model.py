@@ -34,29 +34,29 @@ from visproj.vlm.prompts import Dialogue, PromptTokenizer, check_texts, end_of_t
 
 
 class VisualLanguageModel(nn.Module):
-    """Photographs and a prompt in, text out; nothing but the projector learns.
+    """A vision-language model that answers prompts about images; only its projector is trained.
 
-    Prompts go through the tokenizer's chat template if it has one. ``<image>`` in a prompt places
-    an image; a prompt without any gets its images in front. Encoder and language model are frozen
-    and stay in eval mode, whatever :meth:`train` sets.
+    Prompts are formatted with the tokenizer's chat template if it has one. ``<image>`` in a prompt
+    places an image; in a prompt without it, the images come first. Encoder and language model are
+    frozen and stay in eval mode, whatever :meth:`train` sets.
 
-    The language model and its tokenizer are tried on a few tokens when this is put together. Where
-    answers cannot share the language model's cache (Mamba, RWKV, LFM2), every answer is computed
-    with its whole sequence, which takes longer and gives the same numbers.
+    The constructor runs the language model and its tokenizer on a few tokens. If answers cannot
+    share the language model's cache (Mamba, RWKV, LFM2), every answer is computed with its whole
+    sequence, which takes longer and gives the same numbers.
 
-    The state dict holds the projector and nothing that is frozen.
+    The state dict holds only the projector.
 
     Args:
-        encoder: The frozen encoder, whose features are ``[N, 1 + S, C]``.
-        projector: ``[N, 1 + S, C] -> [N, K, D]``, such as :func:`visproj.build_projector` gives.
-        language_model: A transformers causal language model of width ``D``; is frozen.
-        tokenizer: Its tokenizer; gets ``<image>`` as a special token if it has none, and the
-            model's end of text if it names none.
+        encoder: Frozen encoder with features ``[N, 1 + S, C]``.
+        projector: Module ``[N, 1 + S, C] -> [N, K, D]``; see :func:`visproj.build_projector`.
+        language_model: transformers causal language model of width ``D``, which is frozen here.
+        tokenizer: The language model's tokenizer. It gets ``<image>`` as a special token and the
+            model's end-of-text token if it lacks them.
 
     Raises:
-        InputError: The encoder's width is not the projector's, or the projector's is not the
-            language model's; the message has both. Or the language model or its tokenizer cannot
-            be used; the message says why.
+        InputError: The widths of encoder and projector, or of projector and language model, differ;
+            the message has both. Or the language model or its tokenizer cannot be used; the message
+            says why.
     """
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
@@ -76,29 +76,29 @@ class VisualLanguageModel(nn.Module):
         self.tokens_per_image = self._check_widths()
         self._prompts = PromptTokenizer(tokenizer, language_model)
         is_partitioned = hasattr(language_model.get_input_embeddings().weight, "ds_id")
-        # Weights that ZeRO-3 has partitioned cannot be tried before its engine holds the model.
+        # A model that ZeRO-3 has partitioned cannot run before DeepSpeed's engine holds it.
         self._shares_cache = not is_partitioned and check_language_model(language_model)
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_ignore_frozen)
 
     def _check_widths(self) -> int:
-        """Visual tokens of an image."""
+        """Check the widths and return the number of visual tokens per image."""
         with torch.no_grad():
             visual = self.project(self.no_features(1))
         wanted = embedding_shape(self.language_model)[1]
         if visual.shape[-1] != wanted:
             raise InputError(
-                f"the projector's tokens are {visual.shape[-1]} wide, the language model's "
-                f"embeddings {wanted}"
+                f"the projector's tokens have width {visual.shape[-1]}, but the language model's "
+                f"embeddings have width {wanted}"
             )
         return visual.shape[1]
 
     def features(self, images: Iterable[Image.Image]) -> Tensor:
-        """Features fp32 ``[N, S, C]`` of RGB images."""
+        """Compute features fp32 ``[N, S, C]`` of RGB images."""
         return encode_images(self.encoder, images)
 
     def no_features(self, images: int = 0) -> Tensor:
-        """Zeros in the place of an encoder's features, ``[images, S, C]``."""
+        """Return zeros ``[images, S, C]`` in the shape of the encoder's features."""
         return torch.zeros(images, self.encoder.tokens, self.encoder.config.hidden_size)
 
     def train(self, mode: bool = True) -> VisualLanguageModel:
@@ -108,9 +108,9 @@ class VisualLanguageModel(nn.Module):
         return self
 
     def checkpoint_activations(self) -> None:
-        """Compute the decoder layers' activations again in the backward pass.
+        """Recompute the decoder layers' activations in the backward pass instead of keeping them.
 
-        transformers' own switch acts in training mode alone, and the frozen model stays in eval.
+        transformers' own switch needs training mode, and the frozen model stays in eval mode.
         """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -121,7 +121,7 @@ class VisualLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
+        """Device of the language model."""
         return self.language_model.get_input_embeddings().weight.device
 
     @property
@@ -131,19 +131,19 @@ class VisualLanguageModel(nn.Module):
 
     @property
     def tokens_digest(self) -> str:
-        """Digest of what decides the tokens of a sample: tokenizer, template, tokens per image."""
+        """Digest of the tokenizer, its template and the tokens per image."""
         return f"{self._prompts.digest} {self.tokens_per_image}"
 
     @property
     def context_limit(self) -> int | None:
-        """Tokens that the language model reads at most: visual ones, prompt and answer together."""
+        """Longest sequence of the language model: visual tokens, prompt and answer together."""
         return context_limit(self.language_model.config)
 
     def project(self, features: Tensor) -> Tensor:
-        """Visual tokens ``[N, K, D]`` of features ``[N, 1 + S, C]``, on the model's device.
+        """Project features ``[N, 1 + S, C]`` to visual tokens ``[N, K, D]`` on the model's device.
 
         Raises:
-            InputError: The features have another width than the projector takes.
+            InputError: The features' width is not the one that the projector takes.
         """
         tensors = chain(self.projector.parameters(), self.projector.buffers())
         dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
@@ -155,17 +155,17 @@ class VisualLanguageModel(nn.Module):
         prompts: Sequence[str],
         images_per_sample: Sequence[int] | None = None,
     ) -> VisualSequence:
-        """Embeddings of each prompt with its images in their places, padded on the left.
+        """Embed prompts with their images in place of ``<image>``, padded on the left.
 
         Args:
             features: ``[N, 1 + S, C]``, the images of all samples in order.
-            prompts: ``B`` of them.
-            images_per_sample: ``B`` counts that add up to ``N``; ``None`` means one each.
+            prompts: ``B`` prompts.
+            images_per_sample: ``B`` counts that add up to ``N``; ``None`` means one per prompt.
 
         Raises:
-            InputError: A prompt has placeholders for another number of images than it gets, or
-                there are other numbers of images and prompts than counted, or the features have
-                another rank or width than the projector takes.
+            InputError: A prompt's placeholders do not match its number of images, the counts do not
+                match the prompts or the images, or the features' rank or width is not the one that
+                the projector takes.
         """
         if features.ndim != 3:
             raise InputError(f"features must be [N, 1 + S, C], got shape {list(features.shape)}")
@@ -187,20 +187,20 @@ class VisualLanguageModel(nn.Module):
         *,
         left: bool = False,
     ) -> VisualSequence:
-        """Embed token ids ``[B, T]`` and put the projected images in the places of ``<image>``.
+        """Embed token ids ``[B, T]`` and replace every ``<image>`` by its projected image.
 
         Args:
             features: ``[N, S, C]``, the images of all rows in order.
             ids: Token ids; every ``<image>`` is one image.
-            mask: 0 at padding and positive elsewhere.
+            mask: Mask ``[B, T]``: 0 at padding and positive elsewhere.
             images_per_sample: ``B`` counts that add up to ``N``.
-            labels: As :func:`insert_visual_tokens` takes them.
+            labels: Labels ``[B, T]``, as in :func:`insert_visual_tokens`.
             left: Whether rows are padded on the left, as ``generate`` needs it.
         """
         ids, mask = ids.to(self.device), mask.to(self.device)
-        # <image> may lie after the last row of the table; what stands there is replaced anyway.
+        # The id of <image> may be outside the table. Its embedding is replaced anyway.
         text = self.language_model.get_input_embeddings()(ids.masked_fill(self._is_image(ids), 0))
-        # Every process has to run the projector, also one whose samples have no image.
+        # Every process has to run the projector, even if its samples have no image.
         visual = self.project(features if len(features) else self.no_features(1))
         text = text + 0 * visual.sum().to(text.dtype) if not len(features) else text
         return insert_visual_tokens(
@@ -218,21 +218,21 @@ class VisualLanguageModel(nn.Module):
         return ids == self.image_token_id
 
     def prompt_ids(self, prompt: str, images: int = 1) -> list[int]:
-        """Token ids of a prompt up to where the answer begins."""
+        """Return the token ids of a prompt, up to where the answer begins."""
         return self._prompts.prompt_ids(prompt, images)
 
     def history_ids(
         self, questions: Sequence[str], answers: Sequence[str], images: int = 1
     ) -> list[int]:
-        """Token ids up to where the answer to the last question begins.
+        """Return the token ids up to where the answer to the last question begins.
 
         Args:
-            questions: ``Q`` of them.
-            answers: To the first ``Q - 1``.
+            questions: ``Q`` questions.
+            answers: Answers to the first ``Q - 1`` questions.
             images: Number of images, as in :meth:`prompt_ids`.
 
         Raises:
-            InputError: There are other numbers of ``<image>`` and images, or the template cannot be
+            InputError: The numbers of ``<image>`` and of images differ, or the template cannot be
                 used for several turns.
         """
         before = self._prompts.question_ids(questions, answers, images)
@@ -244,16 +244,16 @@ class VisualLanguageModel(nn.Module):
     def _check_images(self, ids: Sequence[int], images: int) -> None:
         found = ids.count(self.image_token_id)
         if found != images:
-            raise InputError(f"{found} of {IMAGE_TOKEN} in the text of {images} images")
+            raise InputError(f"{found} {IMAGE_TOKEN} placeholders in the text of {images} images")
 
     def dialogue(
         self, questions: Sequence[str], answers: Sequence[Sequence[str]], images: int = 1
     ) -> Dialogue:
-        """Tokens of questions and answers; arguments as :meth:`PromptTokenizer.dialogue`.
+        """Tokenize questions and answers; arguments as in :meth:`PromptTokenizer.dialogue`.
 
         Raises:
-            InputError: An answer has ``<image>`` in it or no tokens, there are other numbers of
-                ``<image>`` and images, or the template cannot be used for several turns.
+            InputError: An answer contains ``<image>`` or has no tokens, the numbers of ``<image>``
+                and of images differ, or the template cannot be used for several turns.
         """
         dialogue = self._prompts.dialogue(questions, answers, images)
         self._check_images(dialogue.ids, images)
@@ -267,10 +267,10 @@ class VisualLanguageModel(nn.Module):
         prompts: Sequence[str],
         images_per_sample: Sequence[int] | None = None,
     ) -> Prefix:
-        """Run the language model over images and prompts once; arguments as :meth:`compose`.
+        """Run the language model once over images and prompts; arguments as in :meth:`compose`.
 
         Raises:
-            InputError: As :meth:`compose`, or they are more than the language model reads.
+            InputError: As in :meth:`compose`, or the sequence exceeds :attr:`context_limit`.
         """
         sequence = self.compose(features, prompts, images_per_sample)
         return read_prefix(self.language_model, sequence, self._shares_cache)
@@ -278,10 +278,10 @@ class VisualLanguageModel(nn.Module):
     def answer_log_probs(
         self, prefix: Prefix, answers: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of every token of every answer, end of text included.
+        """Compute the log-probability of every token of every answer, end of text included.
 
         Args:
-            prefix: Of ``B`` samples; it is not changed, and further answers may follow.
+            prefix: Prefix of ``B`` samples from :meth:`read`. It is not changed and can be reused.
             answers: ``A`` answers for each of the samples.
 
         Returns:
@@ -289,8 +289,8 @@ class VisualLanguageModel(nn.Module):
             tokens of each answer, ``[B, A]``.
 
         Raises:
-            InputError: The samples have different numbers of answers, or an answer does not fit
-                into what the language model reads.
+            InputError: The samples have different numbers of answers, or a sequence exceeds
+                :attr:`context_limit`.
         """
         count = _answers_per_sample(answers, len(prefix.lengths))
         rows = [self.answer_ids(answer) for row in answers for answer in row]
@@ -306,10 +306,10 @@ class VisualLanguageModel(nn.Module):
         return log_probs.unflatten(0, shape), mask.sum(1).unflatten(0, shape)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer and the end of text.
+        """Return the token ids of an answer, followed by the end of text.
 
         Raises:
-            InputError: The answer has ``<image>`` in it, which the language model cannot write.
+            InputError: The answer contains ``<image>``, which the language model cannot write.
         """
         return self._prompts.answer_ids(answer)
 
@@ -329,12 +329,12 @@ class VisualLanguageModel(nn.Module):
         Args:
             features: ``[N, S, C]``, the images of all samples in order.
             input_ids: Int64 ``[B, T]``; every ``<image>`` is one image.
-            attention_mask: Int64 ``[B, T]``: 0 at padding, elsewhere the branch of
+            attention_mask: Int64 ``[B, T]``: 0 at padding, elsewhere the token's branch in
                 :class:`~visproj.vlm.prompts.Dialogue`.
             labels: Int64 ``[B, T]``: ids of answer tokens, -100 elsewhere.
             images_per_sample: ``B`` counts that add up to ``N``.
-            num_items_in_batch: Answer tokens over all batches of the optimiser step and all
-                processes; those of this batch if ``None``.
+            num_items_in_batch: Number of answer tokens in all batches of the optimiser step, over
+                all processes; ``None`` counts those of this batch.
 
         Returns:
             ``loss``, fp32 scalar; ``losses``, fp32 ``[B]``, sums in nats; ``tokens``, int64
@@ -353,18 +353,18 @@ class VisualLanguageModel(nn.Module):
         images_per_sample: Sequence[int] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Answer each prompt about its images; transformers' ``generate`` with its cache.
+        """Answer each prompt about its images with the language model's ``generate``.
 
         Args:
             images: RGB images of all samples in order.
-            prompts: ``B`` of them.
-            images_per_sample: ``B`` counts; ``None`` means one image each.
-            **options: For ``language_model.generate``, such as ``max_new_tokens``, ``do_sample`` or
-                a ``streamer``.
+            prompts: ``B`` prompts.
+            images_per_sample: ``B`` counts; ``None`` means one image per prompt.
+            **options: Options of ``language_model.generate``, such as ``max_new_tokens``,
+                ``do_sample`` or a ``streamer``.
 
         Raises:
-            InputError: As :meth:`compose`, or images, prompt and the longest answer are more than
-                the language model reads.
+            InputError: As in :meth:`compose`, or images, prompt and the longest answer together
+                exceed :attr:`context_limit`.
         """
         if isinstance(images, Image.Image):
             raise InputError("images must be a list of images, got one image")
@@ -380,16 +380,16 @@ class VisualLanguageModel(nn.Module):
         images_per_sample: Sequence[int],
         **options: Any,
     ) -> list[str]:
-        """Answer token ids, such as :meth:`history_ids` gives, that are padded on the left here.
+        """Generate answers to rows of token ids, such as those of :meth:`history_ids`.
 
         Args:
             features: ``[N, S, C]``, the images of all rows in order.
-            rows: ``B`` rows of token ids; every ``<image>`` is one image.
+            rows: ``B`` rows of token ids, padded here on the left; every ``<image>`` is one image.
             images_per_sample: ``B`` counts that add up to ``N``.
-            **options: As for :meth:`generate`.
+            **options: As in :meth:`generate`.
 
         Raises:
-            InputError: As :meth:`generate`.
+            InputError: As in :meth:`generate`.
         """
         ids = pad_rows(rows, left=True)
         return self._generate(self.place(features, *ids, images_per_sample, left=True), options)
@@ -414,7 +414,7 @@ class VisualLanguageModel(nn.Module):
         return answers
 
     def _longest_answer(self, before: int, options: dict[str, Any]) -> int:
-        """Tokens of the longest answer that ``options`` allow; 1 where they set no limit."""
+        """Return the largest answer length in tokens that ``options`` allow; 1 without a limit."""
         config = options.get("generation_config") or self.language_model.generation_config
         given = {**config.to_diff_dict(), **options}
         if given.get("max_new_tokens") is not None:
@@ -424,7 +424,7 @@ class VisualLanguageModel(nn.Module):
     def _generated_together(
         self, sequence: VisualSequence, lengths: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Embeddings and masks: all in one, or without padding where the model might notice it."""
+        """Return one batch, or unpadded single rows if padding might change the model's output."""
         embeds, mask = sequence.inputs_embeds, sequence.attention_mask
         if not lengths:
             return []
@@ -435,12 +435,12 @@ class VisualLanguageModel(nn.Module):
 
 
 def default_device() -> torch.device:
-    """Where training and chat run: the current CUDA device if there is one, else the CPU."""
+    """Return the device of training and chat: the current CUDA device, or the CPU without one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_backend() -> None:
-    """Raise ``ValueError`` if the backend asked for cannot run on the default device."""
+    """Raise ``InputError`` if the chosen backend cannot run on :func:`default_device`."""
     try:
         runs_triton(torch.empty(0, device=default_device()))
     except RuntimeError as error:
@@ -453,7 +453,7 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 def _ignore_frozen(module: nn.Module, incompatible: Any) -> None:
-    # DeepSpeed leaves out what does not learn, a Perceiver's position table among it.
+    # DeepSpeed does not save what is not trained, such as a Perceiver's position table.
     fixed = {name for name, p in module.named_parameters() if not p.requires_grad}
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if key not in fixed and not _is_frozen(key)]
@@ -466,14 +466,14 @@ def _is_frozen(key: str) -> bool:
 def _counts(
     prompts: Sequence[str], images_per_sample: Sequence[int] | None, images: int
 ) -> list[int]:
-    """Images of each sample, checked against the numbers of prompts and images."""
+    """Return the image count of each sample, checked against the prompts and the images."""
     check_texts(prompts, "prompts")
     given = [1] * len(prompts) if images_per_sample is None else images_per_sample
     counts = [operator.index(count) for count in given]
     if len(counts) != len(prompts):
         raise InputError(f"images_per_sample has {len(counts)} entries for {len(prompts)} prompts")
     if sum(counts) != images or min(counts, default=0) < 0:
-        raise InputError(f"{len(prompts)} prompts with {counts} images each, got {images} images")
+        raise InputError(f"images per prompt must be >= 0 and add up to {images}, got {counts}")
     return counts
 
 

@@ -1,4 +1,4 @@
-"""The training objective: negative log-likelihood of answers, several to a question at once."""
+"""The training objective: the negative log-likelihood of answers, several of them in one row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def answer_losses(language_model: Any, sequence: VisualSequence) -> tuple[Tensor
 
     Args:
         language_model: A causal language model that takes ``inputs_embeds``.
-        sequence: ``B`` rows of ``T`` tokens. Its ``attention_mask`` holds branches: a token of
-            branch 1 is seen by all later ones, a token of branch 2, 3, ... by later ones of its
-            branch. Several answers to one question share its tokens in this way, and each is
-            predicted as if it were the only one. Without branches it is an ordinary mask.
+        sequence: ``B`` rows of ``T`` tokens, with labels. Its ``attention_mask`` holds the branch
+            of each token, and 0 at padding. All later tokens attend to a token of branch 1, and
+            only later tokens of the same branch to a token of branch 2, 3, .... Several answers to
+            one question thus share its tokens, and each has the loss that it would have alone. A
+            mask of zeros and ones is an ordinary one.
 
     Returns:
         Sums in nats, fp32 ``[B]``, and numbers of answer tokens, int64 ``[B]``.
@@ -51,9 +52,10 @@ def answer_losses(language_model: Any, sequence: VisualSequence) -> tuple[Tensor
 
 @torch.no_grad()
 def takes_branches(language_model: Any) -> bool:
-    """Return whether the model gives each of several answers in one row what it gives it alone.
+    """Return whether several answers in one row have the losses that each of them has alone.
 
-    It does if it takes positions and masks ``[B, 1, T, T]``: not Mamba, and not FlashAttention.
+    They do if the model takes ``position_ids`` and masks ``[B, 1, T, T]``. Mamba does not, nor do
+    models that run FlashAttention.
     """
     table = language_model.get_input_embeddings()
     if hasattr(table.weight, "ds_id") or not takes(language_model, "position_ids"):
@@ -73,7 +75,7 @@ def takes_branches(language_model: Any) -> bool:
         apart = losses([[0, 1, 2, 3], [0, 1, 4, 5]], [[1, 1, 2, 2], [1, 1, 2, 2]]).sum()
     except Exception:  # a model's own code can raise anything
         return False
-    tolerance = torch.finfo(table.weight.dtype).eps ** 0.5  # rounding is far below, a mix-up above
+    tolerance = torch.finfo(table.weight.dtype).eps ** 0.5  # above rounding, below a mix-up
     return bool((together - apart).abs() <= tolerance * apart.abs())
 
 
@@ -85,13 +87,13 @@ def visible_tokens(branches: Tensor) -> Tensor:
 
 
 def _tokens_before(visible: Tensor) -> Tensor:
-    """The last token that each token sees besides itself, which predicts it, ``[B, T]``."""
+    """Return the index of the last earlier token that each token sees, int64 ``[B, T]``, or -1."""
     order = torch.arange(visible.shape[-1], device=visible.device)
     earlier = visible & (order < order[:, None])
     return torch.where(earlier, order, -1).amax(-1)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to attention scores, ``[B, 1, T, T]``, as transformers' models take it."""
+    """Return the mask ``[B, 1, T, T]`` that transformers' models add to the attention scores."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]

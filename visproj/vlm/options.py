@@ -1,4 +1,4 @@
-"""What ``visproj train`` is asked for, and what it reports."""
+"""Options of ``visproj train``, and the report of a run."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ PROMPT = "Describe the photograph."
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What ``visproj train`` is asked for; the command line says the same of each.
+    """Options of ``visproj train`` for models, data and output, as on its command line.
 
     Attributes:
-        kind: ``baseline``, ``vit`` or ``perceiver``; ``None`` is that of ``from_projector``, else
-            a Perceiver.
+        kind: ``baseline``, ``vit`` or ``perceiver``; ``None`` is the kind of ``from_projector``, or
+            a Perceiver without one.
         out: Folder for the projector, checkpoints and logs.
         data: A file, a folder, a pattern or a name on the hub; ``None`` is the built-in set.
-        images: Folder that image paths are relative to; ``None`` is that of the data.
+        images: Folder that image paths are relative to; ``None`` is the data's folder.
         columns: Names of columns that are not the usual ones.
         split: Split to train on.
-        held_out: Part of the samples, or the name of a split, whose loss is measured; ``None``
-            measures none, and other views of the photographs of the built-in set.
-        views: Views of each image; 1 shows what the encoder sees of it; ``None`` is 14 for the
+        held_out: Fraction of the samples, or name of a split, on which the loss is measured.
+            ``None`` measures no loss, except on the built-in set, where other views of the training
+            photographs are held out.
+        views: Random crops per image; 1 gives the encoder the whole image. ``None`` is 14 for the
             built-in set and 1 for others.
-        streaming: Read a hub's data set as it comes.
-        cache_features: GiB of features to keep on disk; ``None`` is 1 for the built-in set and
-            else 0.
-        encoder: A model for transformers, what ``visproj extract`` wrote, or a name on the hub;
-            ``None`` the offline one.
-        language_model: Name on the hub, directory or GGUF file; ``None`` the offline one.
+        streaming: Stream a data set from the hub instead of downloading it first.
+        cache_features: Features to keep on disk, in GiB; ``None`` is 1 for the built-in set and 0
+            for others.
+        encoder: A model for transformers, a folder that ``visproj extract`` wrote, or a name on the
+            hub; ``None`` is the offline encoder.
+        language_model: Name on the hub, directory or GGUF file; ``None`` is the offline model.
         prompt: The question that captions answer.
-        queries: A Perceiver has this number squared.
-        max_length: Tokens of a sample, visual ones included; ``None`` is what the language model
-            reads.
-        from_projector: Checkpoint whose weights training begins with.
-        resume: Go on from the last whole checkpoint in ``out``.
-        retrieval: Score captions against held-out samples afterwards; ``None`` does so for the
-            built-in set. The first process does it alone: not where weights are sharded.
+        queries: Side of a Perceiver's square of queries, which has ``queries**2`` of them.
+        max_length: Largest number of tokens per sample, visual tokens included; longer samples are
+            cut. ``None`` is the language model's limit.
+        from_projector: Projector whose weights training starts from.
+        resume: Continue from the last complete checkpoint in ``out``.
+        retrieval: Score captions against held-out samples after training; ``None`` does so for the
+            built-in set. It is skipped if weights are sharded, because one process does it alone.
         strict: Stop at the first sample that cannot be used.
     """
 
@@ -60,7 +61,7 @@ class TrainingOptions:
     encoder: str | None = None
     language_model: str | None = None
     prompt: str = PROMPT
-    queries: int = 8
+    queries: int = 6
     max_length: int | None = None
     from_projector: Path | None = None
     resume: bool = False
@@ -83,27 +84,27 @@ class TrainingOptions:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the 15 photographs are trained on."""
+        """True if training uses the 15 built-in photographs."""
         return self.data is None
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What came of it.
+    """The results of a training run.
 
     Attributes:
-        kind: Of the projector.
-        samples: Training samples, each view for itself; ``None`` of a stream.
+        kind: Kind of the projector.
+        samples: Number of training samples, each view counted; ``None`` for a stream.
         steps: Optimiser steps of the whole run.
-        parameters: That were trained.
-        dtype: That it was trained in.
-        untrained_loss: Mean per token of the held-out samples' answers, before training; ``None``
-            where none are held out.
-        trained_loss: The same afterwards.
-        retrieval: Whether the right caption is found, and its control; ``None`` if not asked for.
-        seconds: By stage.
-        peak_mib: Largest resident memory of the process so far; ``None`` where the system does
-            not say.
+        parameters: Number of parameters that were trained.
+        dtype: Dtype of the training.
+        untrained_loss: Mean loss per answer token on held-out samples before training, in nats;
+            ``None`` if none are held out.
+        trained_loss: The same loss after training.
+        retrieval: Result of the caption retrieval and its control; ``None`` if it was not run.
+        seconds: Seconds per stage.
+        peak_mib: Peak resident memory of the process in MiB; ``None`` if the system does not
+            report it.
     """
 
     kind: str
@@ -119,7 +120,7 @@ class TrainingReport:
 
 
 def part_or_split(held_out: str | None) -> float | str | None:
-    """A part between 0 and 1, or the name of a split."""
+    """Return ``--held-out`` as a fraction if it is a number, otherwise as the name of a split."""
     try:
         return None if held_out is None else float(held_out)
     except ValueError:

@@ -1,7 +1,7 @@
 """Photographs as RGB images: the caller's own, or the two that come with scikit-learn.
 
-A list of photographs holds their files: each is decoded when its image is asked for and belongs to
-the caller from then on, so that what is in memory does not grow with the list.
+A list of photographs holds paths. An image is decoded on every access and is not kept, so memory
+does not grow with the list.
 """
 
 import io
@@ -17,10 +17,10 @@ from PIL import ExifTags, Image
 from visproj.errors import InputError
 from visproj.vlm.bundled import bundled_file
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # our error says it in one line
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # our own error reports it
 
 SAMPLES = ("china.jpg", "flower.jpg")
-# What turns an image upright, by its EXIF orientation.
+# The transposition that turns an image upright, by EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +37,7 @@ class Photograph:
     """An image file that could be decoded.
 
     Attributes:
-        name: What no other photograph of its list is called.
+        name: Name that is unique in its list.
         path: The file.
         size: Width and height of the upright image in pixels.
     """
@@ -53,7 +53,7 @@ class Photograph:
 
 
 class Images(Sequence[Image.Image]):
-    """The images of photographs, each decoded when it is taken."""
+    """A sequence of photographs' images, each decoded when it is accessed."""
 
     def __init__(self, photographs: Sequence[Photograph]) -> None:
         self._photographs = photographs
@@ -67,10 +67,10 @@ class Images(Sequence[Image.Image]):
 
 
 def load_photographs(paths: Sequence[Path | str] = ()) -> list[Photograph]:
-    """Check that each file can be decoded, one after the other.
+    """Check that each file can be decoded, and return the photographs with unique names.
 
     Args:
-        paths: Image files; none means scikit-learn's ``china.jpg`` and ``flower.jpg``.
+        paths: Image files; scikit-learn's ``china.jpg`` and ``flower.jpg`` if empty.
 
     Raises:
         FileNotFoundError: A path does not exist.
@@ -89,7 +89,7 @@ def load_photographs(paths: Sequence[Path | str] = ()) -> list[Photograph]:
 
 
 def free_name(stem: str, taken: set[str]) -> str:
-    """``stem``, or the first of ``stem-2``, ``stem-3``, ... that is not taken."""
+    """Return ``stem``, or the first of ``stem-2``, ``stem-3``, ... that is not taken."""
     name, count = stem, 1
     while name in taken:
         count += 1
@@ -98,9 +98,9 @@ def free_name(stem: str, taken: set[str]) -> str:
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
-    """Decode all of an image, upright, transparent parts on white.
+    """Decode an image to upright 8-bit RGB, with transparent parts on white.
 
-    Of the metadata, only the orientation is read, and metadata that is damaged is passed over.
+    The orientation is the only metadata that is read. Damaged metadata is ignored.
 
     Args:
         source: An image file, or its content.
@@ -119,11 +119,11 @@ def read_rgb(source: Path | bytes) -> Image.Image:
 def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata and of many pixels
+            warnings.simplefilter("ignore")  # about odd metadata and many pixels
             return _decode(source, name)
     except InputError:
         raise
-    except Exception as error:  # the decoders of damaged files raise anything
+    except Exception as error:  # decoders raise any error for a damaged file
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read {name} as an image: {reason}") from error
 
@@ -132,10 +132,10 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     with Image.open(source) as opened:
         opened.load()
         image: Image.Image = opened
-        # Pillow clips these to 255 where it converts them at all: a white picture and no error.
+        # If Pillow converts these, it clips them to 255: the image turns white without an error.
         if image.mode.startswith(("I", "F")):
             raise InputError(
-                f"{name} has pixels of mode {image.mode}, convert it to 8 bits per channel"
+                f"{name} has pixels of mode {image.mode}: convert it to 8 bits per channel"
             )
         turn = TURNS.get(_orientation(image))
         if turn is not None:
@@ -147,8 +147,8 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag alone: ``ImageOps.exif_transpose`` also writes all other tags anew."""
+    """Return the EXIF orientation. ``ImageOps.exif_transpose`` would rewrite all other tags too."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata raises anything, and the pixels are intact
+    except Exception:  # damaged metadata can raise any error; the pixels are intact
         return 1

@@ -1,4 +1,4 @@
-"""A data set before training: read once, checked, measured, and kept as a memory-mapped table."""
+"""Preparation of a data set: rows are read once, checked, and kept in a memory-mapped table."""
 
 from __future__ import annotations
 
@@ -24,52 +24,53 @@ from visproj.vlm.samples import Columns, Sample, image_paths, read_sample
 from visproj.vlm.sources import Row, Source, stamp
 
 FAULTS_SHOWN = 10
-FAULTS_ALLOWED = 0.01  # of the samples
-VERSION = 1  # of the table: another one is made where rows are read in another way than before
+FAULTS_ALLOWED = 0.01  # as a fraction of the samples
+VERSION = 1  # of the table; raised when rows are read differently, so that tables are made anew
 
 logger = logging.getLogger("visproj")
 
 
 @dataclass(frozen=True)
 class DialogueEncoder:
-    """Turns a sample into tokens, cut where the language model stops reading.
+    """A callable that turns a sample into tokens and cuts them at a limit.
 
     Attributes:
-        model: Whose tokenizer, number of tokens per image and limit are used.
-        limit: Tokens of a sequence, visual ones included; ``None`` sets no limit.
+        model: Model whose tokenizer and number of tokens per image are used.
+        limit: Largest number of tokens, visual tokens included; ``None`` sets no limit.
     """
 
     model: VisualLanguageModel
     limit: int | None
 
     def __call__(self, sample: Sample, images: int) -> tuple[Dialogue, bool]:
-        """Return the tokens, and whether some of them were cut off.
+        """Return the tokens of a sample, and whether some of them were cut off.
 
         Raises:
-            InputError: The sample cannot be trained on: see
-                :meth:`~visproj.vlm.model.VisualLanguageModel.dialogue`; or images and questions
-                leave no room for an answer.
+            InputError: As in :meth:`~visproj.vlm.model.VisualLanguageModel.dialogue`, or images and
+                questions leave no room for an answer.
         """
         dialogue = self.model.dialogue(sample.questions, sample.answers, images)
         if self.limit is None or self.length(dialogue, images) <= self.limit:
             return dialogue, False
         positions = self._positions(dialogue)
-        if max(positions) < self.limit:  # alternatives are longer together than each of them
+        if max(positions) < self.limit:  # each alternative fits by itself
             return dialogue, False
         kept = [index for index, position in enumerate(positions) if position < self.limit]
         cut = Dialogue(*([row[index] for index in kept] for row in dialogue))
         if cut.ids.count(self.model.image_token_id) < images:
             raise InputError(f"its images do not fit into {self.limit} tokens")
         if all(label == IGNORE_INDEX for label in cut.labels):
-            raise InputError(f"its images and questions leave no room in {self.limit} tokens")
+            raise InputError(
+                f"its images and questions leave no room for an answer in {self.limit} tokens"
+            )
         return cut, True
 
     def length(self, dialogue: Dialogue, images: int) -> int:
-        """Tokens of the sequence, visual ones included."""
+        """Return the number of tokens in the sequence, visual tokens included."""
         return len(dialogue.ids) + images * (self.model.tokens_per_image - 1)
 
     def _positions(self, dialogue: Dialogue) -> list[int]:
-        """Number of tokens before each one that it sees: alternatives do not see one another."""
+        """Return each token's position, of an image the last one; alternatives share positions."""
         positions = []
         ends = {1: 0}
         image, per_image = self.model.image_token_id, self.model.tokens_per_image
@@ -83,13 +84,13 @@ class DialogueEncoder:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A split that can be trained on.
+    """A split of a data set that is ready for training.
 
     Attributes:
         table: Memory-mapped ``datasets.Dataset`` with the columns of :func:`_schema`.
-        embedded: Where images are in the data set itself, its rows; ``None`` where they are files.
-        image_column: Of ``embedded``.
-        folder: That paths in ``embedded`` are relative to.
+        embedded: Rows of the data set if the images are in it; ``None`` if images are files.
+        image_column: Column of ``embedded`` that holds the images.
+        folder: Folder that paths in ``embedded`` are relative to.
     """
 
     table: Any
@@ -99,21 +100,21 @@ class Prepared:
 
     @property
     def cut(self) -> int:
-        """How many samples were longer than the limit."""
+        """Number of samples that were cut because they were longer than the limit."""
         return sum(self.table["cut"][:])
 
     def select(self, indices: Sequence[int]) -> Prepared:
-        """Some of the samples."""
+        """Return the samples with these indices."""
         return replace(self, table=self.table.select(indices))
 
     def images(self, number: int) -> list[Path | bytes]:
-        """The files of a sample's images, or their bytes.
+        """Return the files of a sample's images, or their bytes.
 
         Args:
-            number: Of the sample.
+            number: Index of the sample.
 
         Raises:
-            InputError: There are neither bytes nor a file.
+            InputError: An image has neither bytes nor a path.
         """
         row = self.table[number]
         if self.embedded is None or not row["images"]:
@@ -124,14 +125,14 @@ class Prepared:
 
 
 def stored_image(entry: Any, folder: Path) -> Path | bytes:
-    """The bytes of an image as the library ``datasets`` stores it, or its file.
+    """Return the bytes or the file of an image that the library ``datasets`` has stored.
 
     Args:
-        entry: Has ``bytes``, or a ``path`` that is relative to ``folder``.
-        folder: Of the images.
+        entry: The bytes, a path, or a mapping with ``bytes`` or a ``path``.
+        folder: Folder that the path is relative to.
 
     Raises:
-        InputError: It has neither.
+        InputError: There are neither bytes nor a path.
     """
     if isinstance(entry, bytes):
         return entry
@@ -151,24 +152,24 @@ def prepare(
     alternatives: bool = True,
     strict: bool = False,
 ) -> Prepared:
-    """Read every row of a split once: its texts, the number of its tokens and where its images are.
+    """Read each row of a split once and store its texts, number of tokens and image paths.
 
-    The table is kept below ``VISPROJ_CACHE_DIR`` and found again while nothing that decides it has
-    changed. Rows that cannot be used are left out and named in a warning.
+    The table is kept below ``VISPROJ_CACHE_DIR`` and used again until the data, an argument or the
+    tokenizer changes. Rows that cannot be used are left out and named in a warning.
 
     Args:
-        source: The opened data.
-        split: Its split; a JSON file has one only.
-        columns: Chosen names of columns.
+        source: The opened data set.
+        split: Name of the split; a JSON file has only one.
+        columns: Column names that the user chose.
         prompt: The question that captions answer.
-        encode: Of the model that is trained.
-        alternatives: Whether a sample may have several answers to its last question; else there is
-            a sample for each of them.
+        encode: Encoder of samples for the model that is trained.
+        alternatives: Whether a sample may have several answers to its last question; otherwise it
+            becomes one sample per answer.
         strict: Stop at the first row that cannot be used.
 
     Raises:
         InputError: There are no rows, a needed column is missing, a row cannot be used and
-            ``strict`` is true, or more than 1 % of the rows cannot be used; the message has the
+            ``strict`` is true, or more than 1 % of the rows cannot be used; the message lists the
             first ten of them.
     """
     rows: Any = None if source.file else undecoded(source.split(split))
@@ -192,16 +193,16 @@ def prepare(
 
 
 def check_faults(shown: Sequence[str], faulty: int, total: int, strict: bool) -> None:
-    """Warn of samples that cannot be used, or stop where they are too many.
+    """Warn about samples that cannot be used, or raise if there are too many.
 
     Args:
-        shown: The first of them, each with what is wrong.
-        faulty: How many there are.
+        shown: Messages about the first of them.
+        faulty: Number of samples that cannot be used.
         total: Number of all samples.
-        strict: Whether one is too many.
+        strict: Whether a single one is too many.
 
     Raises:
-        InputError: They are more than 1 % of all, or one if ``strict``.
+        InputError: More than 1 % of all samples cannot be used, or any if ``strict``.
     """
     if not faulty:
         return
@@ -212,7 +213,7 @@ def check_faults(shown: Sequence[str], faulty: int, total: int, strict: bool) ->
 
 
 def _table(reader: _Reader, digest: str) -> Any:
-    """The table of all samples: in the cache by its digest, or in memory where there is none."""
+    """Return the table of all samples from the cache, or make it; in memory without a cache."""
     import datasets
 
     def build(folder: Path, in_memory: bool) -> Any:
@@ -290,7 +291,7 @@ class _Reader:
             yield {**blank, **changes}
 
     def _read(self, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """A sample, or one for each alternative."""
+        """Yield the sample, or one sample per alternative answer."""
         columns = self.columns
         if self.embedded is None:  # a row without images need not have their column
             columns = columns.found_in([*values, *filter(None, [columns.image])], "it")
@@ -298,7 +299,7 @@ class _Reader:
         if not sample.is_complete:
             sample = Sample(sample.questions[:-1], sample.answers)
         if not sample.questions:
-            raise InputError(f"it has no answer: it has {', '.join(values)}")
+            raise InputError(f"it has no answer, only {', '.join(values)}")
         image = values.get(columns.image) if columns.image else None
         counted = self.embedded is not None and _holds_images(self.embedded, columns.image)
         paths = [] if counted else [self._existing(path) for path in image_paths(image)]
@@ -324,7 +325,7 @@ class _Reader:
 
 
 def _storable(value: Any) -> str:
-    """The text of a value, also where half a surrogate pair is in it."""
+    """Return the text of a value, with unpaired surrogates escaped: Arrow stores UTF-8."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -356,12 +357,12 @@ def _schema(datasets: Any) -> Any:
 
 
 def undecoded(rows: Any) -> Any:
-    """The rows with images as bytes or paths, which loader workers decode."""
+    """Return the rows with images as bytes or paths, for loader workers to decode."""
     import datasets
 
     for name, feature in rows.features.items():
         changed = _as_stored(feature)
-        if getattr(feature, "dtype", None) == "large_binary":  # before datasets 5, not in one step
+        if getattr(feature, "dtype", None) == "large_binary":  # datasets before 5 needs both casts
             rows = rows.cast_column(name, datasets.Value("binary"))
         if changed != feature:
             rows = rows.cast_column(name, changed)
@@ -369,7 +370,7 @@ def undecoded(rows: Any) -> Any:
 
 
 def _as_stored(feature: Any) -> Any:
-    """The feature without decoding; bytes, alone or beside a path, are images."""
+    """Return the feature without decoding; bytes, with or without a path, count as an image."""
     import datasets
 
     if isinstance(feature, (datasets.List, datasets.LargeList)):
@@ -382,7 +383,7 @@ def _as_stored(feature: Any) -> Any:
 
 
 def _holds_images(rows: Any, column: str | None) -> bool:
-    """Return whether a column holds images, and not texts with paths."""
+    """Return whether a column holds images rather than paths."""
     import datasets
 
     feature = rows.features[column] if column else None
@@ -390,7 +391,7 @@ def _holds_images(rows: Any, column: str | None) -> bool:
 
 
 def _without_images(rows: Any, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The texts of rows, and of images that lie in them only their number, in their place."""
+    """Yield the texts of each row, with the number of its images in place of stored images."""
     import pyarrow.compute as compute
 
     image = columns.image

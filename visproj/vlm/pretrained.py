@@ -1,4 +1,4 @@
-"""A trained projector as a checkpoint of its own: its weights, and what it was trained between."""
+"""A trained projector's checkpoint: its weights, and the models that it was trained with."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ projector = PretrainedProjector.from_pretrained("NAME_OR_FOLDER")
 tokens = projector(features)  # [N, 1 + patches, {{ vis_dim }}] -> [N, K, {{ lang_dim }}]
 ```
 
-Ask it about a photograph, with a folder:
+Chat about a photograph, with the path of the folder:
 
 ```bash
 visproj chat --projector FOLDER --image photograph.jpg
@@ -67,7 +67,7 @@ visproj chat --projector FOLDER --image photograph.jpg
 class PretrainedProjector(
     nn.Module, PyTorchModelHubMixin, library_name="visproj", model_card_template=MODEL_CARD
 ):
-    """Any of the projectors with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+    """A projector of any kind with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     The directory holds ``model.safetensors`` with the projector's own keys, those of
     DeepSpeed-VisualChat, and ``config.json`` with the arguments below. Weights are loaded strictly.
@@ -79,10 +79,10 @@ class PretrainedProjector(
         lang_dim: Width of the language model.
         encoder: Name of the vision encoder, or the path of its folder.
         language_model: Name of the language model, or the path of its folder or file.
-        prompt: What it was asked in training.
+        prompt: The question that was asked in training.
         query_grid: Rows and columns of a Perceiver's queries; 16 by 16 when ``None``.
         encoder_digest: The encoder's :attr:`~visproj.vlm.encoders.VisionEncoder.weights_digest`,
-            by which it is recognised wherever it is; ``None`` recognises it by its name.
+            by which it is recognised in any folder; ``None`` compares its name instead.
         has_cls: Whether the encoder's first token is a CLS token, which a Perceiver drops.
     """
 
@@ -111,25 +111,25 @@ class PretrainedProjector(
         self.module = build_configured(kind, vision, lang_dim, query_grid, has_cls)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """As the projector's own."""
+        """Run the projector, ``[N, 1 + S, C] -> [N, K, D]``, with its own arguments."""
         return self.module(*args, **options)
 
     def trained_parameters(self) -> int:
-        """Number of parameters that learn, over all processes."""
+        """Return the number of trainable parameters, over all processes."""
         return sum(_size(parameter) for parameter in self.parameters() if parameter.requires_grad)
 
     def fold(self, **options: Any) -> nn.Module:
-        """:func:`visproj.fold` of the projector."""
+        """Return :func:`visproj.fold` of the projector."""
         from visproj.folding import fold
 
         return fold(self.module, **options)
 
     def check_encoder(self, encoder: VisionEncoder) -> None:
-        """Raise ``InputError`` unless ``encoder`` is the one it was trained with.
+        """Raise ``InputError`` unless ``encoder`` is the one that the projector was trained with.
 
-        Encoders are compared by their description and by the digest of their weights, wherever they
-        are. Where one of them has no digest (checkpoints of older versions, the offline encoder),
-        the last part of their names stands for it.
+        Configurations and digests of the weights are compared, whatever the encoders' paths are. If
+        a digest is missing (checkpoints of older versions, the offline encoder), the last parts of
+        the encoders' names are compared instead.
         """
         given, wanted = _as_json(asdict(encoder.config)), _as_json(self.vision)
         differing = [f"{key} {given[key]}" for key in given if given[key] != wanted.get(key)]
@@ -155,9 +155,18 @@ class PretrainedProjector(
         repo_id: str | None = None,
         **options: Any,
     ) -> str | None:
-        """Write the checkpoint; one that is there survives whole if the new one cannot be written.
+        """Write the checkpoint; an existing one stays intact if the new one cannot be written.
 
-        A README.md that is there stays; else a model card is written. Options are the mixin's.
+        A model card is written as README.md unless there is one already.
+
+        Args:
+            save_directory: Directory to write to; it is created if it is missing.
+            push_to_hub: Also upload the checkpoint to the hub.
+            repo_id: Name on the hub; ``None`` is the directory's name.
+            options: Options of the mixin's ``save_pretrained``.
+
+        Returns:
+            The result of ``push_to_hub`` if that was asked for, otherwise ``None``.
 
         Raises:
             OSError: The directory cannot be written; the message names it.
@@ -178,7 +187,7 @@ class PretrainedProjector(
         return self.push_to_hub(repo_id or final.resolve().name, **options)
 
     def _arguments(self) -> dict[str, Any]:
-        """What ``config.json`` holds: the arguments that build this object."""
+        """Return the arguments of the constructor, which ``config.json`` holds."""
         return {
             "kind": self.kind,
             "vision": self.vision,
@@ -208,11 +217,11 @@ class PretrainedProjector(
 
     @staticmethod
     def _public(name: str) -> str:
-        """A model's name without the folders of this machine."""
+        """Return a model's name without the folders of this machine."""
         return Path(name).name if Path(name).is_absolute() else name
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """The projector's own keys. A file of safetensors' making would be its owner's alone."""
+        """Write the weights; safetensors itself would write a file that only its owner can read."""
         refuse_folded("a PretrainedProjector's save_pretrained", self.module)
         if (description := describe(self.module)) is not None:
             with torch.device("meta"):
@@ -230,9 +239,9 @@ class PretrainedProjector(
 
         Args:
             pretrained_model_name_or_path: The checkpoint's directory, the ``OUT`` of ``visproj
-                train`` around it, or a name on the hub.
-            options: The mixin's, such as ``revision`` and ``map_location``; and ``dtype`` of the
-                weights, float32 unless given, ``None`` for what is stored.
+                train`` that contains it, or a name on the hub.
+            options: Options of the mixin, such as ``revision`` and ``map_location``, and ``dtype``,
+                to which the weights are cast: float32 by default, ``None`` keeps the stored one.
 
         Raises:
             FileNotFoundError: The directory lacks a file.
@@ -267,7 +276,7 @@ class PretrainedProjector(
         resume_download: Any = None,
         **arguments: Any,
     ) -> PretrainedProjector:
-        """What the mixin's ``from_pretrained`` calls, strict and without a word on stdout."""
+        """Load the weights strictly, without output; the mixin's ``from_pretrained`` calls this."""
         device, dtype = parse_device(map_location), parse_dtype(dtype)
         file = Path(model_id, WEIGHTS_NAME)
         if not Path(model_id).is_dir():
@@ -289,7 +298,7 @@ class PretrainedProjector(
 
 
 def load_pretrained(directory: str | Path) -> PretrainedProjector:
-    """The checkpoint in ``directory``, or in the ``OUT`` of ``visproj train``, in eval mode.
+    """Load the checkpoint in ``directory``, or in an ``OUT`` of ``visproj train``, in eval mode.
 
     Raises:
         FileNotFoundError: There is no such directory, or it lacks a file.
@@ -301,7 +310,7 @@ def load_pretrained(directory: str | Path) -> PretrainedProjector:
 
 
 def located(typed: str | None, name: str) -> str:
-    """What to keep of a model: the absolute path where one was typed, so that it is found again.
+    """Return the name to save for a model: its absolute path if a path was typed.
 
     Args:
         typed: A name on the hub or a path, as the user gave it; ``None`` for the offline model.
@@ -311,7 +320,7 @@ def located(typed: str | None, name: str) -> str:
 
 
 def _size(parameter: Any) -> int:
-    """Elements of a parameter, also where ZeRO-3 has partitioned it."""
+    """Return the number of elements of a parameter, even if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -320,7 +329,7 @@ def _last_part(name: str) -> str:
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as the lists that JSON makes of them."""
+    """Return the configuration with tuples as lists, as JSON has them."""
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
     }

@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids, whatever a tokenizer or a chat template does unasked."""
+"""Prompts and answers as token ids, with the tokenizer's chat template if it has one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SAMPLE = f"red {IMAGE_TOKEN} dog"
 
 
 class Dialogue(NamedTuple):
-    """Questions and answers as the tokens of one sequence, ``T`` of each.
+    """Questions and answers as one sequence of ``T`` tokens, with ``T`` labels and branches.
 
     Attributes:
         ids: Token ids; every image is one ``<image>``.
-        labels: The ids of the answers, their ends of text included, and -100 elsewhere.
-        branches: 1 at what comes before the last answer, and 2, 3, ... at the alternatives of the
-            last answer, which follow one another and do not see each other.
+        labels: Ids at the tokens of answers and at the end of text after each, -100 elsewhere.
+        branches: Branch of each token: 1, except at several alternatives for the last answer. These
+            have branches 2, 3, ..., follow one another and do not attend to each other.
     """
 
     ids: list[int]
@@ -31,22 +31,23 @@ class Dialogue(NamedTuple):
 
 
 class PromptTokenizer:
-    """A tokenizer, its chat template if it has one, and ``<image>`` as one token of it.
+    """A tokenizer that has ``<image>`` as one token, with its chat template if it has one.
 
-    Tried once with a prompt and an answer. A beginning of text that the tokenizer adds to a prompt
-    stays, an end of text that it adds is removed, and an answer has exactly one.
+    The constructor tries it on a prompt and an answer. If the tokenizer adds a beginning of text to
+    a prompt, this token stays. If it adds an end of text, this token is removed. An answer ends
+    with exactly one end of text.
 
     Args:
-        tokenizer: Of a language model; gets ``<image>`` as a special token if it has none, and the
-            model's end of text if it names none.
-        language_model: Whose tokens these are.
+        tokenizer: A language model's tokenizer. It gets ``<image>`` as a special token and the
+            model's end-of-text token if it lacks them.
+        language_model: The language model.
 
     Attributes:
-        image_token_id: Of ``<image>``; may be the first id that the model has no embedding for.
+        image_token_id: Id of ``<image>``; it may be the first id after the embedding table.
 
     Raises:
-        InputError: Prompts or ``<image>`` do not reach the model as they are, there is no end of
-            text, or the tokenizer has tokens that the model does not have.
+        InputError: The tokenizer or its template changes prompts or ``<image>``, there is no
+            end-of-text token, or the tokenizer has tokens without an embedding.
     """
 
     def __init__(self, tokenizer: Any, language_model: Any) -> None:
@@ -68,18 +69,18 @@ class PromptTokenizer:
         return hashlib.sha256(repr(decisive).encode("utf-8", "replace")).hexdigest()
 
     def prompt_ids(self, prompt: str, images: int = 1) -> list[int]:
-        """Token ids of a prompt up to where the answer begins."""
+        """Return the token ids of a prompt, up to where the answer begins."""
         (ids,) = self.question_ids([prompt], [], images)
         return ids
 
     def question_ids(
         self, questions: Sequence[str], answers: Sequence[str], images: int = 1
     ) -> list[list[int]]:
-        """Token ids before each answer: a question, and the template's text around it.
+        """Return the token ids before each answer: a question, and the template's text around it.
 
         Args:
-            questions: ``Q`` of them, in turn with the answers.
-            answers: At least the first ``Q - 1``.
+            questions: ``Q`` questions.
+            answers: Answers to at least the first ``Q - 1`` questions.
             images: Number of images; they come before the first question unless ``<image>`` in a
                 question places them.
 
@@ -100,7 +101,7 @@ class PromptTokenizer:
         return [self._ids(text) for text in texts]
 
     def _after(self, rendered: str, before: str, answer: str) -> str:
-        """What follows an answer and its end of text, up to where the next answer begins."""
+        """Return the text between an answer's end of text and the beginning of the next answer."""
         rest = rendered.removeprefix(before)
         blank, found, after = rest.partition(answer)
         if rest == rendered or not found or blank.strip():
@@ -114,15 +115,15 @@ class PromptTokenizer:
     def dialogue(
         self, questions: Sequence[str], answers: Sequence[Sequence[str]], images: int = 1
     ) -> Dialogue:
-        """Tokens of a whole dialogue.
+        """Tokenize a whole dialogue.
 
         Args:
-            questions: ``Q`` of them.
-            answers: One to each question, of the last one any number of alternatives.
+            questions: ``Q`` questions.
+            answers: ``Q`` lists with one answer each; the last may have several alternatives.
             images: Number of images, as in :meth:`question_ids`.
 
         Raises:
-            InputError: As :meth:`question_ids` and :meth:`answer_ids` say.
+            InputError: As in :meth:`question_ids` and :meth:`answer_ids`.
         """
         first = [alternatives[0] for alternatives in answers]
         ids: list[int] = []
@@ -143,16 +144,16 @@ class PromptTokenizer:
         return Dialogue(ids, labels, branches)
 
     def _beginning(self, ids: list[int], text: str) -> list[int]:
-        """What the tokenizer puts before a text whose own ids are these."""
+        """Return the ids that the tokenizer adds before a text whose own ids are ``ids``."""
         whole = list(self.tokenizer(text).input_ids)
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[:n] for n in starts if whole[n : n + len(ids)] == ids), [])
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer and the end of text.
+        """Return the token ids of an answer, followed by the end of text.
 
         Raises:
-            InputError: The answer has ``<image>`` in it, which the language model cannot write.
+            InputError: The answer contains ``<image>``, which the language model cannot write.
         """
         if IMAGE_TOKEN in answer:
             raise InputError(f"the answer {answer!r} has {IMAGE_TOKEN} in it")
@@ -163,7 +164,7 @@ class PromptTokenizer:
         return [*ids, end]
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of a text without a beginning or an end that is not written in it."""
+        """Return the ids of a text, without a beginning or end of text that the tokenizer adds."""
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
         if begin and ids[:1] == [self.tokenizer.bos_token_id] and not text.startswith(begin):
@@ -173,7 +174,7 @@ class PromptTokenizer:
         return ids
 
     def _render(self, questions: Sequence[str], answers: Sequence[str], in_parts: bool) -> str:
-        """The template's text of questions and answers in turn, up to where an answer begins."""
+        """Render questions and answers with the template, up to where the next answer begins."""
         messages: list[dict[str, Any]] = []
         for turn, question in enumerate(questions):
             messages.append({"role": "user", "content": question})
@@ -189,17 +190,17 @@ class PromptTokenizer:
         )
 
     def _find_content(self) -> bool:
-        """Return whether the template takes a list of parts instead of a text."""
+        """Return whether the template takes a message's content as a list of parts, not as text."""
         reasons = []
         for in_parts in (False, True):
             try:
                 text = self._render([SAMPLE], [], in_parts)
-            except Exception as error:  # templates are programs
+            except Exception as error:  # a template can raise anything
                 reasons.append(one_line(error))
                 continue
             if SAMPLE in text and text.count(IMAGE_TOKEN) == 1:
                 return in_parts
-            reasons.append(f"it makes {text!r:.80} of {SAMPLE!r}")
+            reasons.append(f"it renders {SAMPLE!r} as {text!r:.80}")
         raise InputError(f"the tokenizer's chat template cannot be used: {reasons[0]}")
 
     def _check_vocabulary(self, rows: int) -> None:
@@ -213,7 +214,7 @@ class PromptTokenizer:
             index, token = min(beyond)
             raise InputError(
                 f"the tokenizer is not the language model's: its token {token!r} has the id "
-                f"{index}, the model has {rows} embeddings"
+                f"{index}, but the model has {rows} embeddings"
             )
 
     def _set_end_of_text(self, language_model: Any) -> None:
@@ -230,19 +231,19 @@ class PromptTokenizer:
         other = self.prompt_ids(f"dog {IMAGE_TOKEN} red")
         fault = None
         if self.tokenizer.convert_ids_to_tokens(image) != IMAGE_TOKEN:
-            fault = f"it has no token {IMAGE_TOKEN} and takes none"
+            fault = f"{IMAGE_TOKEN} cannot be added to it"
         elif prompt.count(image) != 1 or image in self.prompt_ids("red dog", 0):
-            fault = f"{prompt.count(image)} of its tokens are {IMAGE_TOKEN} in {SAMPLE!r}"
+            fault = f"it encodes {SAMPLE!r} with {prompt.count(image)} {IMAGE_TOKEN} tokens, not 1"
         elif prompt == other or len(answer) < 2:
-            fault = "it does not know the words of a prompt"
+            fault = "it cannot encode the words of a prompt"
         elif end in answer[:-1]:
-            fault = "it puts the end of text into an answer"
+            fault = "it puts the end-of-text token inside an answer"
         if fault:
             raise InputError(f"the language model's tokenizer cannot be used: {fault}")
 
 
 def end_of_text_ids(language_model: Any) -> list[int]:
-    """Ids that end the model's text, as it is configured."""
+    """Return the ids of the end-of-text tokens in the model's configuration, which may be none."""
     for config in (getattr(language_model, "generation_config", None), language_model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -251,6 +252,6 @@ def end_of_text_ids(language_model: Any) -> list[int]:
 
 
 def check_texts(texts: Sequence[str], what: str) -> None:
-    """Raise ``InputError`` unless ``texts`` is a sequence of texts, and not a text itself."""
+    """Raise ``InputError`` unless ``texts`` is a sequence of strings, and not a string itself."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{what} must be a list of texts, got {texts!r:.60}")

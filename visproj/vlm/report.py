@@ -1,6 +1,9 @@
-"""What ``visproj train`` prints at its end."""
+"""The report that ``visproj train`` prints at its end, and the time and memory in it."""
 
 from __future__ import annotations
+
+import sys
+import time
 
 from rich import box
 from rich.console import Group
@@ -11,7 +14,7 @@ from visproj.vlm.scoring import Retrieval
 
 
 def render_report(report: TrainingReport) -> Group:
-    """The table at the end of a run."""
+    """Return the table that is printed at the end of a run."""
     table = Table(title=f"{report.kind} projector", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("measured on held-out samples")
     table.add_column("", justify="right")
@@ -34,7 +37,7 @@ def render_report(report: TrainingReport) -> Group:
 def _losses(report: TrainingReport) -> dict[str, str]:
     before, after = report.untrained_loss, report.trained_loss
     if before is None or after is None:
-        return {"loss of held-out answers": "none are held out"}
+        return {"loss per token of the answers": "no samples are held out"}
     change = 100 * (after / before - 1)
     return {
         "loss per token of the answers, untrained": f"{before:.3f}",
@@ -45,7 +48,34 @@ def _losses(report: TrainingReport) -> dict[str, str]:
 def _retrieval(found: Retrieval) -> dict[str, str]:
     low, high = (f"{100 * bound:.1f}" for bound in found.interval)
     return {
-        f"best of {found.captions} captions is the photograph's own": f"{100 * found.rate:.1f} %",
-        "the same with photographs permuted": f"{100 * found.control:.1f} %",
-        "95 % of such controls by chance": f"{low} to {high} %",
+        f"views whose best of {found.captions} captions is their own": f"{100 * found.rate:.1f} %",
+        "control: the same with photographs permuted": f"{100 * found.control:.1f} %",
+        "control by chance, 95 % interval": f"{low} to {high} %",
     }
+
+
+class Clock:
+    """Seconds of each stage of a run.
+
+    Attributes:
+        laps: Seconds by stage.
+    """
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the stage ``name``, which began when the one before it ended."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def peak_mib() -> float | None:
+    """Return the peak resident memory of this process in MiB, ``None`` on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

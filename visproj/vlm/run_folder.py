@@ -1,4 +1,4 @@
-"""Folders that a run writes to: checked before minutes of work, and one process at a time."""
+"""Folders that a run writes to: checks before the run, and a lock for one process at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from visproj.errors import InputError
 
 LOCK_NAME = ".visproj.lock"
-# What torchrun, accelerate and deepspeed, Open MPI, MPICH, MVAPICH, Horovod, Flux and srun set.
+# Set by torchrun, accelerate and deepspeed, Open MPI, MPICH, MVAPICH, Horovod, Flux and srun.
 PROCESS_COUNTS = (
     "WORLD_SIZE",
     "OMPI_COMM_WORLD_SIZE",
@@ -29,7 +29,7 @@ def refuse_parallel(what: str) -> None:
     """Raise ``InputError`` if this is one of several processes that were started together.
 
     Args:
-        what: Runs in one process alone, for the message.
+        what: Name for the message of what runs in one process only.
     """
     for name in PROCESS_COUNTS:
         if os.environ.get(name, "").strip().lstrip("0") not in ("", "1"):
@@ -41,11 +41,13 @@ def refuse_parallel(what: str) -> None:
     if distributed.is_available() and distributed.is_initialized():
         count = distributed.get_world_size()
         if count > 1:
-            raise InputError(f"{what} runs in one process, and this process group has {count}")
+            raise InputError(
+                f"{what} runs in one process, but this process group has {count} processes"
+            )
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether a folder can be written, after making it if it is missing."""
+    """Create a folder if it is missing, and return whether it can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -54,7 +56,7 @@ def is_writable(folder: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``OSError`` if ``folder`` is not a directory that can be written or made."""
+    """Raise ``OSError`` unless ``folder`` is a directory that can be written to or created."""
     whole = folder.absolute()
     existing = next(path for path in (whole, *whole.parents) if path.exists())
     if not existing.is_dir():
@@ -66,14 +68,14 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and keep other processes out of it while the block runs.
+    """Create ``folder`` and lock it against other processes while the block runs.
 
-    The system drops the lock of a process that is killed. Where the block fails and has written
-    nothing, the folder is removed again.
+    The system releases the lock of a process that is killed. A folder that was created here and is
+    still empty after the block is removed.
 
     Raises:
-        InputError: Another process has it.
-        OSError: It cannot be made or written.
+        InputError: Another process holds the lock.
+        OSError: The folder cannot be created or written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

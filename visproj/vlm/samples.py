@@ -1,4 +1,4 @@
-"""Samples of a data set in one form: images, questions and answers, whatever the rows look like."""
+"""Samples of a data set in one form: questions, answers and images, read from any kind of row."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a data set's columns; ``None`` takes the first usual name that is there.
+    """Names of a data set's columns; ``None`` takes the first usual name that it has.
 
     Attributes:
-        image: A path, an image, or a list of them.
-        caption: What the image shows, a text or a list of texts.
-        question: A text.
-        answer: The text that answers it, or a list of alternatives.
-        conversation: Turns with ``from`` and ``value``, as LLaVA writes them, or with ``role`` and
-            ``content``.
+        image: Column with a path, an image, or a list of them.
+        caption: Column with a description of the image, or a list of them.
+        question: Column with a question.
+        answer: Column with the answer to the question, or a list of alternatives.
+        conversation: Column with turns that have ``from`` and ``value``, as LLaVA writes them, or
+            ``role`` and ``content``.
     """
 
     image: str | None = None
@@ -35,16 +35,17 @@ class Columns:
     conversation: str | None = None
 
     def found_in(self, names: Sequence[str], where: str, *, needs_text: bool = True) -> Columns:
-        """The columns of a data set that has columns called ``names``.
+        """Find these columns among those of a data set.
 
         Args:
-            names: Of its columns.
-            where: What it is called in messages.
-            needs_text: Whether images alone are not enough.
+            names: Names of the data set's columns.
+            where: Name of the data set for messages.
+            needs_text: Whether a column with texts is required; otherwise one with images is
+                enough.
 
         Raises:
-            InputError: A chosen column is missing, or there is none with texts or, if these are
-                not needed, none with images; the message names those that are there.
+            InputError: A chosen column or a required one is missing; the message lists the columns
+                of the data set.
         """
         spelled = {name.lower(): name for name in reversed(names)}
         found = {}
@@ -65,11 +66,11 @@ class Columns:
 
     @property
     def has_text(self) -> bool:
-        """Whether one of these columns has questions, captions or conversations."""
+        """True if there is a column with questions, captions or conversations."""
         return any((self.conversation, self.caption, self.question))
 
     def _is_free(self, name: str) -> bool:
-        """Whether the usual names of a column may be tried: not beside a chosen kind of text."""
+        """Return whether a column's usual names may be tried: not if another kind is chosen."""
         kinds = (("caption",), ("question", "answer"), ("conversation",))
         chosen = [kind for kind in kinds if any(getattr(self, part) for part in kind)]
         return name == "image" or not chosen or any(name in kind for kind in chosen)
@@ -88,8 +89,9 @@ class Sample(NamedTuple):
     """Questions and answers about images.
 
     Attributes:
-        questions: ``Q`` of them.
-        answers: Of each question; the last one's may be several alternatives, or be missing.
+        questions: ``Q`` questions.
+        answers: List with one answer per question. The last question may have several alternatives,
+            or no list.
     """
 
     questions: list[str]
@@ -97,7 +99,7 @@ class Sample(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last question has an answer."""
+        """True if the last question has an answer."""
         return len(self.answers) == len(self.questions)
 
 
@@ -105,12 +107,12 @@ def read_sample(row: Mapping[str, Any], columns: Columns, prompt: str) -> Sample
     """Read questions and answers from a row.
 
     Args:
-        row: Of the data set.
-        columns: From :meth:`Columns.found_in`.
+        row: Row of the data set.
+        columns: Columns from :meth:`Columns.found_in`.
         prompt: The question that captions answer.
 
     Raises:
-        InputError: What is wrong with the row.
+        InputError: The row cannot be used; the message says why.
     """
     turns = row.get(columns.conversation) if columns.conversation else None
     caption = row.get(columns.caption) if columns.caption else None
@@ -145,14 +147,17 @@ def _read_turns(turns: Sequence[Any]) -> Sample:
         elif role in ASSISTANTS and len(questions) == len(answers) + 1:
             answers.append([_answer(text, f"turn {number}")])
         else:
-            raise InputError(f"turn {number} of the conversation is from {role!r}, out of turn")
+            expected = " or ".join(USERS if len(questions) == len(answers) else ASSISTANTS)
+            raise InputError(
+                f"turn {number} of the conversation is from {role!r}, expected {expected}"
+            )
     if not questions:
         raise InputError("the conversation has no questions")
     return Sample(questions, answers)
 
 
 def _content(content: Any, number: int) -> str:
-    """The text of a turn; images among its parts become ``<image>``."""
+    """Return the text of a turn; images among its parts become ``<image>``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -182,17 +187,17 @@ def _answer(value: Any, what: str) -> str:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"its {what} is {value!r:.60}, not a text, or blank")
+        raise InputError(f"its {what} is {value!r:.60}, expected a text that is not blank")
     if SURROGATES.search(value):
-        raise InputError(f"its {what} {value!r:.60} has half a surrogate pair in it")
+        raise InputError(f"its {what} {value!r:.60} has an unpaired surrogate in it")
     return value.strip()
 
 
 def image_paths(value: Any) -> list[str]:
-    """The paths in an image column: a path, a list of them, or nothing.
+    """Return the paths in an image column, which holds a path, a list of them, or nothing.
 
     Raises:
-        InputError: It is something else.
+        InputError: The column holds something else.
     """
     values = [] if value is None else value if isinstance(value, list) else [value]
     for path in values:
@@ -202,7 +207,7 @@ def image_paths(value: Any) -> list[str]:
 
 
 def _as_list(turns: Any) -> list[Any]:
-    """Turns as a list, also from the columns that ``datasets`` makes of a sequence of objects."""
+    """Return turns as a list, even if ``datasets`` has stored them as a dictionary of columns."""
     if isinstance(turns, Mapping):
         return [
             dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)

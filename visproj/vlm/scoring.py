@@ -1,4 +1,4 @@
-"""Does the language model know which photograph it is shown? Retrieval of its captions."""
+"""Caption retrieval: does a caption's score depend on the photograph that the model is shown?"""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from visproj.progress import SILENT, Progress
 from visproj.vlm.model import VisualLanguageModel
 from visproj.vlm.prompts import check_texts
 
-ANSWERS = 32  # scored together: their logits are as wide as the vocabulary
+ANSWERS = 32  # captions per forward pass; their logits are as wide as the vocabulary
 
 
 class Retrieval(NamedTuple):
-    """How often the best-scoring caption is one of the photograph's own.
+    """The results of caption retrieval.
 
     Attributes:
-        views: How many were scored.
-        captions: Among how many captions.
-        rate: Part of the views whose best caption belongs to their photograph.
-        control: The same after a random permutation of the views' photographs.
-        interval: Where 95 % of such controls lie if the pictures carry nothing: the central
-            binomial interval of chance, as a part of the views.
+        views: Number of views.
+        captions: Number of captions that each view was scored against.
+        rate: Fraction of the views whose best-scoring caption belongs to their photograph.
+        control: The same fraction after a random permutation of the views' photographs.
+        interval: Lower and upper end of the central 95 % binomial interval of the control, if
+            scores do not depend on the photograph; fractions of the views.
     """
 
     views: int
@@ -43,24 +43,24 @@ def caption_scores(
     prompt: str,
     progress: Progress = SILENT,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every caption given every view.
+    """Compute the log-probability of every caption given every view.
 
-    A view's image and prompt pass through the language model once, where captions can share its
-    key-value cache.
+    The language model reads a view's image and prompt once, if captions can share its key-value
+    cache.
 
     Args:
-        model: Whose projector is judged.
+        model: Model whose projector is evaluated.
         views: Features ``[V, S, C]`` of each photograph's views.
         captions: The captions of each photograph.
-        prompt: What the model is asked about each view.
-        progress: Advances once per view.
+        prompt: The question that the model is asked about each view.
+        progress: Progress that advances once per view.
 
     Returns:
-        Sums of log-probabilities, fp32 ``[views, captions]``, photograph by photograph, and the
-        number of tokens of each caption, ``[captions]``.
+        Sums of log-probabilities, fp32 ``[views, captions]``, in the order of the photographs, and
+        the number of tokens of each caption, int64 ``[captions]``.
 
     Raises:
-        InputError: The views are of another number of photographs than the captions.
+        InputError: ``views`` and ``captions`` are of different numbers of photographs.
     """
     _check_photographs(views, captions)
     everything = [caption for own in captions for caption in own]
@@ -86,7 +86,10 @@ def _scores(
 
 def _check_photographs(views: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> None:
     if len(views) != len(captions):
-        raise InputError(f"views of {len(views)} photographs, captions of {len(captions)}")
+        raise InputError(
+            "views and captions must be of the same photographs, got views of "
+            f"{len(views)} photographs and captions of {len(captions)}"
+        )
     for own in captions:
         check_texts(own, "the captions of a photograph")
 
@@ -94,16 +97,16 @@ def _check_photographs(views: Sequence[Tensor], captions: Sequence[Sequence[str]
 def retrieval(
     scores: Tensor, lengths: Tensor, view_of: Tensor, caption_of: Tensor, seed: int
 ) -> Retrieval:
-    """Find each view's caption by its mean log-probability per token.
+    """Pick each view's caption with the highest mean log-probability per token, and rate the picks.
 
-    Chance is what the captions that were picked would meet among randomly assigned photographs.
+    Chance is the expected rate of the picked captions if photographs were assigned at random.
 
     Args:
-        scores: ``[views, captions]``.
-        lengths: ``[captions]``.
-        view_of: The photograph of each view.
-        caption_of: The photograph of each caption.
-        seed: Draws the permutation of the control.
+        scores: Sums of log-probabilities, ``[views, captions]``.
+        lengths: Number of tokens of each caption, ``[captions]``.
+        view_of: Index of each view's photograph, ``[views]``.
+        caption_of: Index of each caption's photograph, ``[captions]``.
+        seed: Seed of the control's permutation.
 
     Raises:
         InputError: There are no views or no captions.

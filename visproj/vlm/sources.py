@@ -1,4 +1,4 @@
-"""What ``--data`` names: looked at, and opened with the library ``datasets``."""
+"""Opening the data set that ``--data`` names, by its format and with the library ``datasets``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from visproj.vlm.run_folder import is_writable
 
 CAPTIONS = "captions.jsonl"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SAVED = ("state.json", "dataset_dict.json")  # of one split that save_to_disk wrote, of several
+SAVED = ("state.json", "dataset_dict.json")  # save_to_disk writes one or the other
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 SHARDS = ".tar"
 LINES = (".json", ".jsonl")
-# Lie beside data on the hub and are none.
+# JSON files that describe a data set on the hub and have no samples.
 DESCRIPTIONS = (*SAVED, "dataset_info.json", "dataset_infos.json")
 SPLITS = {
     "train": "train",
@@ -33,8 +33,8 @@ SPLITS = {
     "dev": "validation",
     "test": "test",
 }
-FAULT = "__fault__"  # what is wrong with a sample of a shard
-PIECE = 2**20  # characters of a JSON file in memory, or one entry if that is longer
+FAULT = "__fault__"  # field of a shard's sample that says why it cannot be used
+PIECE = 2**20  # characters of a JSON file that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 FORMATS = (
     f"a folder with {CAPTIONS}; JSON or JSONL with conversations, captions, or questions and "
@@ -45,12 +45,12 @@ FORMATS = (
 
 
 class Row(NamedTuple):
-    """An object of a JSON file, or why it cannot be read.
+    """An entry of a JSON file, or the reason why it cannot be used.
 
     Attributes:
         where: The file, and the line or the number of the entry.
-        values: By the names of columns; ``None`` if there is a fault.
-        fault: What is wrong.
+        values: Values by column name; ``None`` if there is a fault.
+        fault: Reason why the entry cannot be used; ``None`` if it can.
     """
 
     where: str
@@ -63,11 +63,11 @@ class Source:
     """An opened data set: either a JSON file, or what the library ``datasets`` has loaded.
 
     Attributes:
-        name: What it is called in messages.
+        name: Name of the data set in messages.
         images: Folder that image paths are relative to.
-        file: A JSON or JSONL file.
+        file: The JSON or JSONL file; ``None`` if ``splits`` is given.
         splits: Splits by name, ``datasets.Dataset`` or, if streamed, ``IterableDataset``.
-        bundled: Whether paths begin with the name of an installed package.
+        bundled: Whether image paths begin with the name of the installed package that has them.
     """
 
     name: str
@@ -78,19 +78,19 @@ class Source:
 
     @property
     def is_stream(self) -> bool:
-        """Whether rows come one after the other, and their number is not known."""
+        """True if rows can only be read in sequence and their number is not known."""
         return self.splits is not None and not hasattr(next(iter(self.splits.values())), "__len__")
 
     def rows(self) -> Iterator[Row]:
-        """Rows of the JSON file, one at a time if it has one object per line."""
+        """Return an iterator over the rows of the JSON file, which is read piece by piece."""
         assert self.file is not None
         return _array(self.file) if _is_array(self.file) else _lines(self.file)
 
     def split(self, name: str) -> Any:
-        """The rows of a split.
+        """Return the rows of a split.
 
         Raises:
-            InputError: There is no such split; the message names those that are there.
+            InputError: There is no such split; the message lists the splits that exist.
         """
         assert self.splits is not None
         if name not in self.splits:
@@ -99,24 +99,24 @@ class Source:
 
 
 def open_source(data: str | None, images: Path | None = None, *, streaming: bool = False) -> Source:
-    """Look at what ``--data`` names and open it.
+    """Open a data set, in the format that its files or its name show.
 
     Args:
         data: A file, a folder, a pattern of files or a name on the hub; ``None`` is the set of 15
             photographs that comes with scikit-image and scikit-learn.
         images: Folder that image paths are relative to; the file's own if ``None``.
-        streaming: Read rows of a hub's data set as they come, without a copy on disk.
+        streaming: Stream a data set from the hub, without a copy on disk.
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: It is none of the formats that are read here; the message has those.
-        ConnectionError: It is not on this disk, and the hub did not give it.
+        InputError: The format is not supported; the message lists the supported ones.
+        ConnectionError: It is not a local path and could not be downloaded from the hub.
         ModuleNotFoundError: The built-in set needs a package that is not installed.
     """
     if data is None:
         file = bundled_file("visproj", f"vlm/{CAPTIONS}")
         source = Source("the built-in photographs", file.parent, file, bundled=True)
-        for row in source.rows():  # a package that is missing is named before models are loaded
+        for row in source.rows():  # raises for a missing package before models are loaded
             bundled_image((row.values or {})["image"])
         return source
     path = Path(data)
@@ -132,7 +132,9 @@ def open_source(data: str | None, images: Path | None = None, *, streaming: bool
     if files:
         return _from_files(data, files, images)
     if path.exists():
-        raise InputError(f"{data} is not a data set that is read here{_reason(path)}: {FORMATS}")
+        raise InputError(
+            f"{data} is not a data set of a supported format{_reason(path)}. Supported: {FORMATS}"
+        )
     if path.suffix in (*LINES, *BUILDERS, SHARDS) or path.is_absolute():
         raise FileNotFoundError(f"no such data: {data}")
     loaded = _load(data, data, streaming=streaming)
@@ -140,7 +142,7 @@ def open_source(data: str | None, images: Path | None = None, *, streaming: bool
 
 
 def _json_file(path: Path) -> Path | None:
-    """The JSON file that ``path`` is or, if it is a folder, the only one in it."""
+    """Return the JSON file that ``path`` is or, if it is a folder, the only one in it."""
     if path.is_file() and path.suffix in LINES:
         return path
     if (path / CAPTIONS).is_file():
@@ -160,7 +162,7 @@ def _is_image_folder(path: Path) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """Files with rows that a path, a folder or a pattern names."""
+    """Return the files with rows that a path, a folder or a pattern names."""
     found = [path] if path.is_file() else []
     if path.is_dir():
         found = sorted(path.rglob("*"))
@@ -173,7 +175,7 @@ def _reason(path: Path) -> str:
     files = _json_files(path)
     if files:
         return f": it has several JSON files ({', '.join(file.name for file in files)}), name one"
-    return "" if path.is_file() else ": it has no file that is known here"
+    return "" if path.is_file() else ": it has no file of a supported format"
 
 
 def _from_files(data: str, files: list[Path], images: Path | None) -> Source:
@@ -185,14 +187,14 @@ def _from_files(data: str, files: list[Path], images: Path | None) -> Source:
     if kinds == [SHARDS]:
         splits = {name: _streamed(group) for name, group in groups.items()}
         return Source(data, images or folder, splits=splits)
-    # Of the words that stand for a missing value elsewhere, "none" and "NA" can be answers.
+    # "none" and "NA" can be answers: they are not read as missing values.
     options = {"keep_default_na": False, "na_values": [""]} if kinds == [".csv"] else {}
     loaded = _load(data, BUILDERS[kinds[0]], data_files=groups, **options)
     return Source(data, images or folder, splits=_splits(loaded, data))
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[str]]:
-    """Files by the split that their names below ``folder`` say; all are ``train`` if all agree."""
+    """Group files by the split in their paths below ``folder``; a single group is ``train``."""
     groups: dict[str, list[str]] = {}
     for file in files:
         below = file.relative_to(folder) if folder.is_dir() else file
@@ -209,10 +211,11 @@ def _streamed(shards: list[str]) -> Any:
 
 
 def shard_samples(shards: list[str]) -> Iterator[dict[str, Any]]:
-    """Samples of WebDataset shards: files whose names are the same up to their first dot.
+    """Yield the samples of WebDataset shards.
 
-    Every sample has ``__key__``, and its files by their suffixes in small letters: bytes, the text
-    of a ``txt``, the object of a ``json``. What cannot be read is a sample with ``__fault__``.
+    Files whose names are equal up to the first dot are one sample. It has ``__key__`` and one entry
+    per file, under its lower-case suffix: the text of a ``txt``, the object of a ``json``, or else
+    bytes. If a file or a shard cannot be read, the sample has ``__fault__`` with the reason.
     """
     for shard in shards:
         sample: dict[str, Any] = {}
@@ -230,7 +233,7 @@ def shard_samples(shards: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
-    """Files of a shard: what names their sample, their suffix and their content."""
+    """Yield the key of the sample, the suffix and the content of each file in a shard."""
     with tarfile.open(shard, encoding="utf-8") as archive:
         for member in archive:
             folder, _, name = member.name.rpartition("/")
@@ -241,7 +244,7 @@ def _members(shard: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _field(suffix: str, content: bytes) -> dict[str, Any]:
-    """A file of a sample by its suffix, or what is wrong with it."""
+    """Return the content of a sample's file under its suffix, or the fault."""
     if suffix not in ("json", "txt"):
         return {suffix: content}
     try:
@@ -252,7 +255,7 @@ def _field(suffix: str, content: bytes) -> dict[str, Any]:
 
 
 def _load(data: str, builder: str, **options: Any) -> Any:
-    """Call ``datasets.load_dataset`` and put its many-line errors into one line."""
+    """Call ``datasets.load_dataset``, with errors shortened to one line."""
     import datasets
 
     cache = cache_folder()
@@ -265,8 +268,8 @@ def _load(data: str, builder: str, **options: Any) -> Any:
         reason = " ".join(str(error.__cause__ or error).split())[:240]
         if builder == data:
             raise ConnectionError(
-                f"no file or folder {data}, and the hub did not give a data set of this name "
-                f"({reason}). What is read here: {FORMATS}"
+                f"{data} is not a local file or folder and could not be downloaded from the hub "
+                f"({reason}). Supported: {FORMATS}"
             ) from error
         raise InputError(f"cannot read {data} as {builder}: {reason}") from error
 
@@ -309,11 +312,11 @@ def _array(file: Path) -> Iterator[Row]:
 
 
 def _entries(file: Path) -> Iterator[Any]:
-    """The entries of a list, of which a piece is in memory at a time.
+    """Yield the entries of a JSON list; the file is read in pieces.
 
     Raises:
-        ValueError: It is not JSON, or not UTF-8.
-        RecursionError: It is nested too deeply.
+        ValueError: The file is not JSON, or not UTF-8.
+        RecursionError: An entry is nested too deeply.
     """
     decode = json.JSONDecoder().raw_decode
     with file.open(encoding="utf-8-sig") as stream:
@@ -327,7 +330,7 @@ def _entries(file: Path) -> Iterator[Any]:
                 after = _after_space(text, after)
                 end = text[after : after + 1]
                 if end not in (",", "]"):
-                    raise json.JSONDecodeError("neither a comma nor an end follows", text, after)
+                    raise json.JSONDecodeError("expected ',' or ']'", text, after)
             except ValueError:
                 piece = stream.read(max(PIECE, len(text)))
                 if not piece:
@@ -356,8 +359,8 @@ def _lines(file: Path) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 if number == 1 and line.rstrip().endswith((b"{", b"[", b",")):
                     raise InputError(
-                        f"{file} is a JSON object over several lines: what is read here is a list "
-                        "of samples, or one sample per line"
+                        f"{file} is a JSON object over several lines: expected a list of samples, "
+                        "or one sample per line"
                     ) from error
                 yield Row(where, None, f"not JSON ({error})")
             else:
@@ -368,6 +371,6 @@ def _lines(file: Path) -> Iterator[Row]:
 
 
 def stamp(file: Path) -> str:
-    """Name, size and time of change: another file in its place has another stamp."""
+    """Return a file's path, size and modification time, which change if the file does."""
     status = os.stat(file)
     return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"

@@ -1,4 +1,4 @@
-"""A trained projector put between the two models that it was trained with."""
+"""Loading the two models that a projector was trained with, and combining the three."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def encoder_of(projector: PretrainedProjector, given: str | None = None) -> Visi
     """Load the vision encoder that a projector was trained with.
 
     Args:
-        projector: Knows its name or path.
-        given: Where it is now; ``None`` is where it was in training.
+        projector: Trained projector, which has the encoder's name or path.
+        given: Current name or path of the encoder; ``None`` is that of the training.
 
     Raises:
-        InputError: It is another encoder, or its directory cannot be used.
+        InputError: The encoder is not that of the training, or its directory cannot be used.
         ConnectionError, ModuleNotFoundError: The encoder or a package is missing.
     """
     encoder = load_encoder(_named(given, projector.encoder, OfflineEncoder.name))
@@ -27,15 +27,15 @@ def encoder_of(projector: PretrainedProjector, given: str | None = None) -> Visi
 def model_of(
     projector: PretrainedProjector, encoder: VisionEncoder, given: str | None = None
 ) -> VisualLanguageModel:
-    """Load the language model and put all three together, on the GPU if there is one.
+    """Load the language model and combine all three in one model, on the GPU if there is one.
 
     Args:
-        projector: Knows the language model's name or path.
-        encoder: From :func:`encoder_of`.
-        given: Where the language model is now; ``None`` is where it was in training.
+        projector: Trained projector, which has the language model's name or path.
+        encoder: Encoder from :func:`encoder_of`.
+        given: Current name or path of the language model; ``None`` is that of the training.
 
     Raises:
-        InputError: Its width is not the projector's, or it cannot be used.
+        InputError: The language model's width is not the projector's, or it cannot be used.
         ConnectionError, ModuleNotFoundError: The model or a package is missing.
     """
     _, language, tokenizer = load_language_model(_named(given, projector.language_model, NAME))
@@ -46,6 +46,6 @@ def model_of(
 
 
 def _named(given: str | None, trained_with: str, offline: str) -> str | None:
-    """What to load: the user's choice, else the checkpoint's, ``None`` for the offline model."""
+    """Return the name to load: the user's, else the checkpoint's; ``None`` if it is offline."""
     name = trained_with if given is None else given
     return None if name == offline else name

@@ -28,18 +28,18 @@ from visproj.weights import WEIGHTS_NAME, whole_state
 
 
 class ProjectorTrainer(Trainer):
-    """A Trainer whose checkpoints hold the projector, and that stops where training cannot go on.
+    """A Trainer that saves only the projector, and stops at a non-finite loss or gradient.
 
-    Images become features here, in the process that trains; loader workers decode them. The loss is
-    the sum over answer tokens divided by their number in all batches of a step and all processes.
-    Checkpoints get a marker as their last file, after every process has written its part.
+    Loader workers decode images, and the training process computes their features. The loss is the
+    sum over answer tokens, divided by their number in all batches of the optimiser step and all
+    processes. After every process has written its part of a checkpoint, a marker file completes it.
 
     Args:
-        projector: What is trained; the model's projector.
-        shards: Keeps features on disk; ``None`` keeps none.
-        by_length: Batches have samples of similar lengths.
-        strict: Stop at the first sample that cannot be read.
-        options: Trainer's own.
+        projector: The model's projector, which is trained.
+        shards: Features on disk; ``None`` keeps none.
+        by_length: Whether batches have samples of similar lengths.
+        strict: Whether to stop at the first sample that cannot be read.
+        options: Arguments of ``Trainer``.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ProjectorTrainer(Trainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; a stream is its process's own part already and is not split again."""
+        """Return Trainer's loader, without splitting a stream, which is this process's part."""
         dataset: Any = self.train_dataset
         if not isinstance(dataset, IterableDataset):
             return super().get_train_dataloader()
@@ -102,7 +102,7 @@ class ProjectorTrainer(Trainer):
     # Steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        """As Trainer's; stops, in every process at once, where the step would not be finite."""
+        """Run Trainer's step; raise in every process if the loss or the gradient is not finite."""
         loss = super().training_step(model, inputs, *args)
         if self.accelerator.sync_gradients:
             self._check_finite(loss)
@@ -113,23 +113,23 @@ class ProjectorTrainer(Trainer):
         norm = _gradient_norm(self.projector)
         if not (math.isfinite(summed) and math.isfinite(norm)):
             raise NotFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {summed} and the gradient's norm "
+                f"step {self.state.global_step + 1}: the loss is {summed} and the gradient norm is "
                 f"{norm}; {self.what_is_kept}: try a lower learning rate"
             )
 
     @property
     def what_is_kept(self) -> str:
-        """The last whole checkpoint, in words for whoever stops here."""
+        """Text for error messages that names the last complete checkpoint."""
         kept = checkpoints(self.out)
         return f"{kept[-1].name} is kept" if kept else "nothing is kept"
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """As Trainer's, after a warning of samples that could not be read."""
+        """Log as Trainer does, after a warning about samples that could not be read."""
         self._report_faults()
         super().log(logs, *args)
 
     def _report_faults(self) -> None:
-        """Warn of samples that could not be read since the last time, seen by any process."""
+        """Warn about samples that any process could not read, if there are new ones."""
         own = list(self._faults)[:FAULTS_SHOWN], len(self._faults)
         gathered = _gather(own)
         total = sum(count for _, count in gathered)
@@ -149,14 +149,14 @@ class ProjectorTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[None, Tensor, Tensor]:
-        """Return the sum of losses and the number of answer tokens of each sample."""
+        """Return ``None``, each sample's summed loss and its number of answer tokens, ``[B]``."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = model(**inputs)
         return None, out["losses"].detach(), out["tokens"]
 
     def _mean_loss(self, prediction: Any) -> dict[str, float]:
-        """Mean loss per answer token over all samples, whatever batches they came in."""
+        """Return the mean loss per answer token over all samples, independent of their batches."""
         losses, tokens = prediction.predictions, prediction.label_ids
         loss = float(losses.sum()) / max(1, int(tokens.sum()))
         if not math.isfinite(loss):
@@ -169,7 +169,7 @@ class ProjectorTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        """As Trainer's, then the marker; the one before stays whole until that is written."""
+        """Save as Trainer does, then write the marker; the previous checkpoint stays until then."""
         folder = self.out / f"checkpoint-{self.state.global_step}"
         if self.shards is not None:
             self.shards.flush()
@@ -179,14 +179,14 @@ class ProjectorTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
-        except (OSError, RuntimeError) as error:  # torch's and safetensors' own for a full disk
+        except (OSError, RuntimeError) as error:  # torch's and safetensors' errors for a full disk
             reason = " ".join(str(error).split())
             raise OSError(f"cannot save {folder}: {reason}; {self.what_is_kept}") from error
         self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _without_frozen_fragments(self) -> Any:
-        """Have DeepSpeed leave its partitions of frozen weights out of what it saves."""
+        """Make DeepSpeed save checkpoints without its partitions of frozen weights."""
         if not self.is_deepspeed_enabled:
             yield
             return
@@ -203,23 +203,24 @@ class ProjectorTrainer(Trainer):
         if self.args.should_save:
             self.projector.save_pretrained(output_dir or self.out)
             return
-        with whole_state(self.projector.module):  # each process has a part of it to give
+        with whole_state(self.projector.module):  # every process takes part in gathering it
             pass
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the projector; the optimiser and all else that is resumed is Trainer's to load."""
+        """Load the projector's weights; Trainer itself loads the optimiser and the rest."""
         load_projector(self.projector, Path(resume_from_checkpoint))
 
 
 class EpochSampler(Sampler[int]):
-    """An order of the samples that the seed and the epoch decide, so that a run can be resumed.
+    """A sampler whose order depends only on the seed and the epoch, so that runs can be resumed.
 
     Args:
         size: Number of samples.
-        seed: Of the order.
-        lengths: Of the samples, to have similar ones in a batch; ``None`` mixes them.
+        seed: Seed of the order.
+        lengths: Numbers of tokens of the samples, to put similar ones into a batch; ``None``
+            shuffles all samples.
         batch: Samples per optimiser step over all processes.
-        epoch: Returns the epoch that begins.
+        epoch: Function that returns the number of the epoch that begins.
     """
 
     def __init__(
@@ -247,10 +248,10 @@ class EpochSampler(Sampler[int]):
 
 
 def load_projector(projector: PretrainedProjector, folder: Path) -> None:
-    """Load a projector's weights into one that may be sharded by FSDP.
+    """Load weights from ``folder`` into a projector that FSDP may have sharded.
 
     Raises:
-        InputError: The weights are missing or damaged, or of another projector.
+        InputError: The weights are missing, damaged or those of another projector.
     """
     try:
         state: dict[str, Any] = load_file(folder / WEIGHTS_NAME)
@@ -262,14 +263,14 @@ def load_projector(projector: PretrainedProjector, folder: Path) -> None:
 
 
 def _gradient_norm(module: nn.Module) -> float:
-    """Norm of the gradients of all processes; 0 where an engine keeps them to itself."""
+    """Return the gradient norm over all processes; 0 if an engine does not expose gradients."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm: Any = nn.utils.get_total_norm(gradients)
     return getattr(norm, "full_tensor", lambda: norm)().item()
 
 
 def _gather(value: Any) -> list[Any]:
-    """What every process has, in all of them."""
+    """Return the values of all processes, in every process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]

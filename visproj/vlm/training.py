@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -48,6 +47,7 @@ from visproj.vlm.objective import takes_branches
 from visproj.vlm.options import TrainingOptions, TrainingReport
 from visproj.vlm.preparing import DialogueEncoder, Prepared, prepare
 from visproj.vlm.pretrained import PretrainedProjector, load_pretrained, located
+from visproj.vlm.report import Clock, peak_mib
 from visproj.vlm.run_folder import check_writable, sole_writer
 from visproj.vlm.scoring import Retrieval, caption_scores, retrieval
 from visproj.vlm.sources import Source, open_source
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from visproj.vlm.trainer import ProjectorTrainer
 
 EPOCHS = {"baseline": 3, "vit": 3, "perceiver": 7}  # of the built-in photographs
-BUILT_IN_VIEWS = 14
+BUILT_IN_VIEWS = 12
 # Retrieval scores every caption against every view: it grows with the square of the photographs.
 SCORED_SAMPLES = 32
 GIB = 2**30
@@ -102,7 +102,7 @@ def run_training(
     """
     _check_folder(options)
     check_backend()
-    clock = _Clock()
+    clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(_says_what_is_kept(options.out))
         stack.enter_context(engine_of_its_own())
@@ -165,7 +165,7 @@ class _Run:
         settings: TrainingSettings,
         args: TrainingArguments,
         progress: Progress,
-        clock: _Clock,
+        clock: Clock,
     ) -> None:
         self.options = options
         self.settings = settings
@@ -478,25 +478,3 @@ def _as_json(report: TrainingReport) -> dict[str, Any]:
 def _owners(groups: Any) -> Tensor:
     """The number of each member's group, ``[members]``."""
     return torch.tensor([index for index, group in enumerate(groups) for _ in group])
-
-
-def peak_mib() -> float | None:
-    """Largest resident memory of this process so far, ``None`` on Windows."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-class _Clock:
-    """Seconds of each stage since the one before."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now

@@ -1,4 +1,4 @@
-"""Loading a vision model by transformers, with its many-line errors put into one line."""
+"""Loading a vision model by transformers, with errors shortened to one line."""
 
 import re
 import textwrap
@@ -18,10 +18,10 @@ FAMILIES = {
 
 
 def load(loader: Callable[..., Any], id_or_dir: str, **options: Any) -> Any:
-    """Call a ``from_pretrained`` and put its many-line errors into one line."""
+    """Call a ``from_pretrained``, with errors shortened to one line."""
     try:
         return loader(id_or_dir, **options)
-    except Exception as error:  # whatever transformers makes of what is in the files
+    except Exception as error:  # transformers can raise anything for damaged files
         text = repr(error) if isinstance(error, KeyError) else str(error) or repr(error)
         reason = textwrap.shorten(text, 200, placeholder=" ...")
         if Path(id_or_dir).is_dir():
@@ -29,13 +29,14 @@ def load(loader: Callable[..., Any], id_or_dir: str, **options: Any) -> Any:
         if not isinstance(error, OSError):
             raise InputError(f"cannot load the encoder {id_or_dir}: {reason}") from error
         raise ConnectionError(
-            f"no directory {id_or_dir}, and the model hub did not give it: pass the directory of "
-            f"a downloaded model, or leave out --encoder for the offline one ({reason})"
+            f"{id_or_dir} is not a local directory and could not be downloaded from the model hub: "
+            "pass the directory of a downloaded model, or leave out --encoder to use the offline "
+            f"encoder ({reason})"
         ) from error
 
 
 def vision_config(id_or_dir: str) -> Any:
-    """The configuration of the vision model, of a family that is known here."""
+    """Return the configuration of a vision model, which must be of a family in ``FAMILIES``."""
     from transformers import AutoConfig
 
     folder = Path(id_or_dir)
@@ -58,9 +59,9 @@ def vision_config(id_or_dir: str) -> Any:
 
 
 def check_json(folder: Path, name: str) -> dict[str, Any]:
-    """What a JSON file of an encoder directory holds; nothing if there is no such file.
+    """Return the object in a JSON file of an encoder directory, or ``{}`` without such a file.
 
-    transformers goes on where there is something else than an object, and fails elsewhere.
+    transformers accepts a file that does not hold an object, and then fails elsewhere.
     """
     if not (folder / name).is_file():
         return {}
@@ -72,17 +73,17 @@ def check_json(folder: Path, name: str) -> dict[str, Any]:
 
 def check_loaded(report: dict[str, Any], name: str) -> None:
     """Raise ``InputError`` unless the weights are those of the model that config.json describes."""
-    # Weights beside the vision model (text model, heads) are not wanted, further layers of it are.
+    # Unused weights of a text model or of heads are fine, those of further vision layers are not.
     left = [
         key
         for key in report["unexpected_keys"]
         if re.search(r"\blayers?\.\d", key) and not key.startswith("text_model.")
     ]
-    # Names in transformers 4, with both shapes in 5.
+    # Entries are names in transformers 4, and names with both shapes in 5.
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     for keys, what in (
         (report["missing_keys"], "lacks the weights"),
-        (mismatched, "has other shapes in config.json than of"),
+        (mismatched, "does not have the shapes of config.json in"),
         (left, "has more layers than config.json says:"),
     ):
         if keys:

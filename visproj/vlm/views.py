@@ -1,4 +1,4 @@
-"""Square views of a photograph: random ones to train on, fixed ones kept back for evaluation."""
+"""Square views of a photograph: random ones for training, fixed ones for evaluation."""
 
 import math
 import random
@@ -7,9 +7,9 @@ from PIL import Image, ImageOps
 
 from visproj.errors import InputError
 
-SMALLEST = 0.6  # side of a training view, in shorter sides of the image
-CORNER = 0.75  # side of the held-out corner crop, in the same unit
-COARSE = 96  # pixels
+SMALLEST = 0.6  # smallest side of a training view, as a fraction of the image's shorter side
+CORNER = 0.75  # side of the held-out corner crop, as the same fraction
+COARSE = 96  # side of the reduced held-out view, in pixels
 HELD_OUT = 5
 
 
@@ -17,13 +17,13 @@ def training_view(image: Image.Image, number: int, seed: int) -> Image.Image:
     """Cut out a square view; number 0 is the whole centre square.
 
     The side of the others is uniform between 0.6 and 1 of the image's shorter side, their position
-    uniform over the image. The one side that :func:`held_out_view` crops its corner at is passed
-    over for the next larger. A view depends on its number, the seed and the image's size alone.
+    uniform over the image. The side of :func:`held_out_view`'s corner crop is replaced by the next
+    larger one. A view depends only on its number, the seed and the image's size.
 
     Args:
-        image: Any size.
-        number: From 0.
-        seed: Another one for each image.
+        image: Image of any size.
+        number: Number of the view, from 0.
+        seed: Seed of the views; each image has a different one.
 
     Raises:
         InputError: ``number`` is negative.
@@ -45,18 +45,18 @@ def held_out_view(image: Image.Image, number: int, seed: int = 0) -> Image.Image
     """Cut out one of five fixed square views, none of which :func:`training_view` shows.
 
     0. The centre square, mirrored.
-    1. Its upper left part of 0.8 of the side, mirrored.
-    2. Its lower right part of 0.75 of the side.
-    3. Its middle at half the side, closer than any training view.
-    4. All of it, reduced to 96 pixels, or to half where that is fewer.
+    1. The upper left part of that square, with 0.8 of its side, mirrored.
+    2. The lower right part of the square, with 0.75 of its side.
+    3. The middle of the square, with half its side, which is smaller than in any training view.
+    4. The whole square, reduced to a side of 96 pixels, or to half its side if that is less.
 
-    View 2 has a side that training passes over; mirrored views can coincide with training ones only
-    where the photograph is its own mirror image, the others only below 3 pixels a side.
+    No training view has the side of view 2. The mirrored views can equal a training view only if
+    the photograph is its own mirror image. The others can do so only below 3 pixels per side.
 
     Args:
-        image: Any size.
-        number: From 0 to 4.
-        seed: As :func:`training_view` takes one; these views are the same for all.
+        image: Image of any size.
+        number: Number of the view, from 0 to 4.
+        seed: Ignored; the argument exists because :func:`training_view` has it.
 
     Raises:
         InputError: There is no view of this number.
