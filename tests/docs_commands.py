@@ -30,9 +30,13 @@ INSTEAD = {
         "visproj train --kind perceiver --data photographs --language-model tiny-llama --epochs 1",
         "the default takes a quarter of an hour",
     ),
+    "visproj train --kind baseline": (
+        "visproj train --kind baseline --data photographs --language-model tiny-llama --epochs 1",
+        "the default takes a quarter of an hour",
+    ),
     "visproj train --kind baseline --data llava.json --images photographs --held-out 0.02": (
         "visproj train --kind baseline --data llava.json --images photographs --held-out 0.5 "
-        "--language-model tiny-llama",
+        "--language-model tiny-llama --out other",
         "of two samples one is held out",
     ),
     "visproj train --data llava.json --images photographs --batch 8 --accumulate 2": (
@@ -64,15 +68,18 @@ NOT_RUN = {
     "MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default pytest tests/kernels tests/ops "
     "tests/projectors tests/test_folding.py tests/test_positions.py tests/test_rounding.py "
     "tests/qwen_vl/test_model.py": STEP,
-    "pytest -m sanitizer": STEP,
     "pytest -m distributed": STEP,
     "pytest -m distributed -n0": STEP,
     "python tests/sanitizer/gate.py -q": STEP,
     "pip install --ignore-requires-python --no-deps ttsem==0.1.0 triton==3.8.0": STEP,
     "python -m benchmarks.codegen --arch 90 --dtype bf16": STEP + ", for all architectures",
+    "python -m benchmarks.codegen": STEP + ", on two other versions of Triton",
+    "python -m benchmarks.fold": "takes minutes; the tests run it at small sizes",
+    "python -m benchmarks.report": "is what `visproj bench` runs",
+    "benchmarks/gpu.sh": "needs a GPU",
+    "mkdocs serve": "serves until it is stopped; a step of .ci/run builds the site",
     "visproj tune --kind perceiver --batch 1 --batch 32": "needs a GPU; the tests do without",
     "pytest -s tests/test_positions.py": "one file of those that `pytest` runs",
-    ".ci/run": "runs this",
     "python tests/docs_commands.py": "is this",
     "python -m venv .venv": "every environment here is one",
     "source .venv/bin/activate": "every environment here is one",

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import command
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("report", "fold", "launches", "codegen", "host_cost", "schedule", "loading")
+COMMANDS = ("report", "fold", "launches", "codegen", "host_cost", "schedule", "loading", "pictures")
 
 
 def start(name, *arguments, cwd):
@@ -52,6 +52,7 @@ BAD = [
     ("fold", ["--pairs", "none"], 2, "--pairs: must be a whole number of at least 1, got 'none'"),
     ("fold", ["--model", "minicpm"], 2, "argument --model: invalid choice: 'minicpm'"),
     ("launches", ["--batch", "-8"], 2, "--batch: must be a whole number of at least 1"),
+    ("pictures", ["--out", "a.txt"], 1, "cannot write into a.txt: a.txt is not a folder"),
     ("loading", ["--rounds", "0"], 2, "--rounds: must be a whole number of at least 1, got '0'"),
     ("host_cost", ["--rounds", "0"], 2, "--rounds: must be a whole number of at least 1, got '0'"),
     ("schedule", ["--machine", "V100"], 2, "argument --machine: invalid choice: 'V100'"),
