@@ -208,7 +208,8 @@ EXAMPLES = {
 MARKS = {
     **dict.fromkeys(serving.SLOW, pytest.mark.slow),
     **dict.fromkeys(serving.DISTRIBUTED, pytest.mark.distributed),
-    # At released sizes.
+    # At released sizes, of which some CPUs take seconds per product in bf16.
     "sequence = insert_visual_tokens(text_embeds, input_ids, visual, images": pytest.mark.slow,
     "CLIPVisionConfig(hidden_size=1024)": pytest.mark.slow,
+    "from torch.utils.benchmark import Timer": pytest.mark.slow,
 }

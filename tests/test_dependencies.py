@@ -45,6 +45,9 @@ OPTIONAL = {
 INDIRECT = {
     "accelerate": "transformers reads GGUF files with it",
     "import-linter": "tests/test_layers.py starts it",
+    "mkdocs-material": "mkdocs.yml names it as the theme",
+    "mkdocstrings": "mkdocs.yml names it as a plugin",
+    "onnxscript": "torch.onnx.export writes with it",
     "pytest_benchmark": "the fixture `benchmark`",
     "skimage": "its photographs are read as files",
     "tensorboard": "transformers' Trainer writes its log with it",

@@ -166,7 +166,7 @@ ROUNDING = {torch.float32: 1.05, torch.bfloat16: 1.1}
     [
         ("torch", torch.float32),
         ("torch", torch.bfloat16),
-        ("triton", torch.bfloat16),
+        pytest.param("triton", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("triton", torch.float32, marks=pytest.mark.slow),
     ],
     ids=str,

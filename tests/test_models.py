@@ -395,7 +395,16 @@ def test_aria_refuses_an_unknown_number_of_patches():
 
 
 @pytest.mark.parametrize("form", [None, *FORMS])
-@pytest.mark.parametrize("name", ["qwen-vl", "minicpm-v-2.0", "minicpm-v-2.6", "aria", "kosmos-2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minicpm-v-2.6",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen-vl", "minicpm-v-2.0", "aria", "kosmos-2")
+        ),
+    ],
+)
 @torch.no_grad()
 def test_exported_for_any_number_of_images(name, form):
     model = Holder(published(name))
