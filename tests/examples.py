@@ -197,7 +197,7 @@ EXAMPLES = {
     "names = visproj.convert(model)": (visualchat, visualchat_done),
     "visproj.load_visualchat_projector(": (checkpoint, checkpoint_done),
     "visual = model.resampler(features, tgt_sizes)": (models, models_done),
-    "CLIPVisionConfig(hidden_size=1024)": (building, building_done),
+    "CLIPVisionConfig(hidden_size=1024": (building, building_done),
     "folded.is_stale(projector)": (folding, folding_done),
     "encoder = QwenVisionTransformer.from_pretrained(": (qwen_encoder, qwen_encoder_done),
     "model.generate([photograph]": (trained, trained_done),
@@ -210,6 +210,6 @@ MARKS = {
     **dict.fromkeys(serving.DISTRIBUTED, pytest.mark.distributed),
     # At released sizes, of which some CPUs take seconds per product in bf16.
     "sequence = insert_visual_tokens(text_embeds, input_ids, visual, images": pytest.mark.slow,
-    "CLIPVisionConfig(hidden_size=1024)": pytest.mark.slow,
+    "CLIPVisionConfig(hidden_size=1024": pytest.mark.slow,
     "from torch.utils.benchmark import Timer": pytest.mark.slow,
 }
