@@ -125,7 +125,7 @@ def _folded_stages(products: list[tuple[str, float]]) -> dict[str, float]:
 
 
 def multiply_adds_figure() -> Any:
-    """GMACs per image of every model that converts, published and folded."""
+    """Draw the GMACs per image of every model that converts, published and folded."""
     from matplotlib.figure import Figure
 
     counted = {name: count(entry) for name, entry in MODELS.items()}
@@ -151,7 +151,7 @@ def multiply_adds_figure() -> Any:
 
 
 def speedups_figure(rows: Sequence[Measured]) -> Any:
-    """How many times as fast the folded Perceiver is as upstream and as fair, as measured."""
+    """Draw how many times as fast as upstream and fair the folded Perceiver was measured."""
     from matplotlib.figure import Figure
 
     ratios = [row for row in rows if row.baseline and row.implementation == "folded"]
@@ -192,7 +192,7 @@ def _place(device: str, call: str, dtype: str, images: str) -> str:
 
 
 def fold_figure() -> Any:
-    """The Perceiver's stages before and after folding, with the GMACs of each."""
+    """Draw the Perceiver's stages before and after folding, with the GMACs of each."""
     from matplotlib.figure import Figure
 
     before, after = stage_gmacs()
@@ -298,7 +298,7 @@ def _folded_boxes(gmacs: dict[str, float], features: str, output: str) -> list[B
 
 
 def _down(x: float, above: int, below: int) -> tuple[float, float, float, float]:
-    """An arrow from the box of one row to the box of another."""
+    """Return an arrow from the box of one row to the box of another."""
     return x, ROWS[above], x, ROWS[below] + HIGH
 
 

@@ -107,6 +107,14 @@ def documents(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))]
 
 
+def python_blocks(root: Path = ROOT) -> list[str]:
+    """Return the Python blocks of all documents."""
+    texts = (path.read_text(encoding="utf-8") for path in documents(root))
+    return [
+        block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ]
+
+
 def commands(root: Path = ROOT) -> list[Command]:
     """Return every command of the documents, once per install line.
 

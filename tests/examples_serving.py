@@ -1,13 +1,13 @@
 """The examples of docs/serving.md: what each takes as given, and what comes of it."""
 
 import copy
-import re
 import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from docs_commands import python_blocks
 from helpers import features, make, rms_error
 from resamplers import aria_config
 from safetensors.torch import load_file
@@ -25,18 +25,10 @@ from vlm.tiny import tiny_language_model, tiny_tokenizer
 import visproj
 from visproj.errors import InputError
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
 # Folded against unfolded in fp32: other products, a softmax between them and a LayerNorm after it.
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 IMAGE = 7
 RATE = 1e-3  # of the page's optimisers
-
-
-def block_of(line):
-    """The page's block that has the line."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = (block for block in blocks if line in block)
-    return block
 
 
 def images(count, tokens=17):
@@ -223,7 +215,8 @@ def captioner_done(names):
 
 def trainer(monkeypatch):
     names = {}
-    exec(block_of("class Captioner("), names)
+    (block,) = (block for block in python_blocks() if "class Captioner(" in block)
+    exec(block, names)
     model = built(names)
     given = {"projector": model.projector, "language_model": model.language_model}
     return {**names, **given, "image": IMAGE, "samples": samples()}

@@ -11,24 +11,14 @@ import visproj
 from visproj.supported import MODELS, describe_models
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 GENERATED = ("changelog.md", "cli.md", "contributing.md", "index.md")  # docs/hooks.py makes them
-
-
-def blocks():
-    """Python blocks of all documents."""
-    found = []
-    for path in docs_commands.documents():
-        found += re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    return found
 
 
 @pytest.mark.parametrize(
     "line", [pytest.param(line, marks=MARKS.get(line, ())) for line in EXAMPLES]
 )
 def test_example(line, monkeypatch, tmp_path):
-    (block,) = (block for block in blocks() if line in block)
+    (block,) = (block for block in docs_commands.python_blocks() if line in block)
     monkeypatch.chdir(tmp_path)
     prepare, check = EXAMPLES[line]
     names = prepare(monkeypatch)
@@ -37,7 +27,8 @@ def test_example(line, monkeypatch, tmp_path):
 
 
 def test_every_example_is_run():
-    assert [block for block in blocks() if sum(line in block for line in EXAMPLES) != 1] == []
+    blocks = docs_commands.python_blocks()
+    assert [block for block in blocks if sum(line in block for line in EXAMPLES) != 1] == []
 
 
 def test_the_readme_is_short():
