@@ -1,5 +1,6 @@
 """Consoles of the command line, and its exit: one line for each error that a user can cause."""
 
+import atexit
 import os
 import sys
 import traceback
@@ -62,6 +63,24 @@ def discard_output() -> None:
         output.file.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.file.fileno())
+
+
+def end_group_member(status: int) -> None:
+    """End this process if it has joined a process group, without finalising the interpreter.
+
+    While the interpreter is finalised, a thread of gloo that still has to release a tensor would
+    abort the process, whose work is done. Leaving the group does not end these threads as long as
+    an engine refers to it. Exit handlers run as usual.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if status == 0:  # after an error, NCCL may wait for processes that no longer answer
+        distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def explain(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_two_processes_under_torchrun(models, alone, tmp_path, kind):
     assert done.stdout.count("projector, checkpoints, log and loss curve in") == 1
     assert (tmp_path / "out" / "checkpoint-6" / "rng_state_1.pth").is_file()
     assert (tmp_path / "out" / "checkpoint-6" / "complete").is_file()
+
+
+@pytest.mark.parametrize("rate", [RATE, 1e30])
+def test_the_interpreter_is_not_finalised_beside_threads_of_gloo(models, tmp_path, rate):
+    """They would abort a process now and then, after an error as well."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc_per_node=2", Path(__file__).with_name("ending.py"), tmp_path]
+    chosen = (*arguments("baseline"), "--learning-rate", rate)
+    done = train(models, tmp_path / "out", *chosen, launcher=launcher)
+    assert (done.returncode == 0) == (rate == RATE), done.stderr
+    ends = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("rank-*")}
+    assert ends == {"rank-0": "exit handlers", "rank-1": "exit handlers"}
 
 
 def test_accelerate_launch(models, alone, tmp_path):

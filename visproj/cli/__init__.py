@@ -6,7 +6,7 @@ Nothing here imports torch before a command runs, so that help and shell complet
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -25,7 +25,7 @@ from visproj.cli.choices import (
 )
 from visproj.cli.models import answer, chat, train
 from visproj.errors import InputError
-from visproj.outcome import discard_output, errors, fail, output, stop
+from visproj.outcome import discard_output, end_group_member, errors, fail, output, stop
 
 if TYPE_CHECKING:
     from visproj.vlm.demo import DemoReport
@@ -296,6 +296,14 @@ def main() -> None:
         # Characters that the terminal's encoding lacks are printed as "?".
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+    try:
+        _run()
+    except SystemExit as end:
+        end_group_member(int(end.code or 0))
+        raise
+
+
+def _run() -> NoReturn:
     try:
         status = app(prog_name="visproj", standalone_mode=False)
         output.file.flush()
