@@ -4,7 +4,6 @@ Compiling needs a process in which Triton does not interpret, so ``benchmarks.co
 """
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -25,28 +24,6 @@ def run(*arguments, script=("-m", "benchmarks.codegen")):
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *script, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def first_choices(tmp_path_factory):
-    """Every kernel's first choices in bf16, by kernel, architecture and configuration."""
-    out = tmp_path_factory.mktemp("codegen") / "rows"
-    done = run("--first", "--dtype", "bf16", "--out", str(out))
-    assert out.exists(), done.stderr[-2000:]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    return {(row["kernel"], row["arch"], row["config"]): row["complaints"] for row in rows}
-
-
-FIRST = [
-    (kernel, arch, "" if config is None else str(config))
-    for kernel, arch, _, config, *_ in codegen.jobs(list(codegen.LIMITS), ["bf16"], True)
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "arch", "config"), FIRST)
-def test_first_choices(first_choices, kernel, arch, config):
-    assert first_choices[kernel, arch, config] == []
 
 
 def test_dimensions_of_one_compile():
