@@ -10,6 +10,7 @@ from torch import nn
 from visproj import fold, use_backend
 from visproj.errors import InputError
 from visproj.ops import packed_cross_attention
+from visproj.projectors import attention
 from visproj.projectors.aria import AriaProjector
 from visproj.projectors.kosmos2 import Kosmos2Projection
 from visproj.projectors.resamplers import MiniCPM2Resampler, MiniCPMResampler, QwenVLResampler
@@ -133,6 +134,97 @@ def test_kernels(name, form):
     module.float()
     with use_backend("triton"):
         got = features(module([image.float() for image in images], **positioned(module)))
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """The shapes of the positions that the kernels' operation multiplies."""
+    shapes, run = [], attention.linear_norm_linear
+
+    def spy(*arguments, positions, places, **others):
+        shapes.append(None if positions is None else list(positions.shape))
+        return run(*arguments, positions=positions, places=places, **others)
+
+    monkeypatch.setattr(attention, "linear_norm_linear", spy)
+    return shapes
+
+
+# Rows and columns of the four grids, two of which are the same one here.
+SAME = [(3, 4), (5, 4), (1, 12), (3, 4)]
+PLACED = 3 + 4 + 5 + 4 + 1 + 12
+
+
+@pytest.mark.parametrize("name", ["perceiver", "qwen-vl", "minicpm-v-2.0", "minicpm-v-2.6"])
+def test_kernels_multiply_one_position_per_row_and_column(name, projected):
+    """Outputs and gradients are those of all positions; fp32, so by roundings of a few products."""
+    module = resampler(name)
+    assert module._is_separable()
+    images = images_of(module, SAME)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    wanted = module(images, grid=SAME)
+    gradients = torch.autograd.grad(wanted.square().sum(), parameters)
+    scale = max(gradient.abs().max() for gradient in gradients)
+    module.float()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    with use_backend("triton"):
+        got = module([image.float() for image in images], grid=SAME)
+        found = torch.autograd.grad(got.square().sum(), parameters)
+    assert projected == [[PLACED, 64]]
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    for one, other in zip(found, gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("reason", ["not separable", "trained", "changed in place", "one size"])
+def test_kernels_multiply_all_positions(reason, projected):
+    module = resampler("perceiver")
+    images = images_of(module, SAME)
+    if reason == "trained":
+        module.pos_embed.requires_grad_()
+    if reason == "changed in place":
+        assert module._is_separable()
+    if reason in ("not separable", "changed in place"):
+        with torch.no_grad():
+            module.pos_embed[1, 0] += 1
+    wanted = module(images, grid=SAME)
+    module.float()
+    images = [image.float() for image in images]
+    with use_backend("triton"):
+        got = module(images, grid=SAME)
+        if reason == "one size":
+            module(images[0][None], grid=SAME[0])
+    whole = sum(h * w for h, w in SAME)
+    assert projected == {"one size": [[PLACED, 64], [12, 64]]}.get(reason, [[whole, 64]])
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_frames_of_clips_on_the_kernels(projected):
+    """The time of a frame is one more position, shared by all its tokens."""
+    module = resampler("minicpm-v-2.6")
+    x = torch.randn(3, 12, 32, dtype=torch.float64)
+    call = torch.tensor([[3, 4], [2, 5], [1, 9]]), [[0, 7], [-1]]
+    wanted = module(x, *call)
+    module.float()
+    with use_backend("triton"):
+        got = module(x.float(), *call)
+    assert projected == [[3 + 4 + 2 + 5 + 1 + 9 + 3, 64]]
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("target", ["attn", "kv_proj"])
+@torch.no_grad()
+def test_placed_positions_where_a_child_is_called(target):
+    module = resampler("minicpm-v-2.6")
+    config = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
+    peft.get_peft_model(nn.ModuleDict({"resampler": module}), config)
+    module.double()
+    images = images_of(module, SAME)
+    wanted = module(images, grid=SAME)
+    module.float()
+    with use_backend("triton"):
+        got = module([image.float() for image in images], grid=SAME)
     assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 

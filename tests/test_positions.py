@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import features, make
 
-from visproj import fold
+from visproj import fold, positions
 from visproj.positions import (
     PositionCache,
     by_cell,
@@ -184,15 +184,47 @@ class TestCache:
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
     def test_copies_are_empty(self, duplicate):
         self.resize()
-        assert duplicate(self.cache)._entries == {}
+        assert self.is_separable()
+        copied = duplicate(self.cache)
+        assert (copied._entries, copied._separable) == ({}, None)
 
-    def test_nothing_is_kept_under_fake_tensors(self):
+    @pytest.mark.parametrize("real", [True, False])
+    def test_nothing_is_kept_under_fake_tensors(self, real):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        with FakeTensorMode() as mode:
-            self.table = mode.from_tensor(self.table)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            self.table = self.table if real else mode.from_tensor(self.table)
             self.resize()
-        assert self.cache._entries == {}
+            assert not self.is_separable()
+        assert (self.cache._entries, self.cache._separable) == ({}, None)
+
+    def is_separable(self):
+        return self.cache.is_separable(self.table, (16, 16))
+
+    def test_compares_a_separable_table_once(self, monkeypatch):
+        compared, compare = [], positions.position_axes
+        monkeypatch.setattr(
+            positions, "position_axes", lambda *given: compared.append(given) or compare(*given)
+        )
+        assert self.is_separable()
+        assert self.is_separable()
+        self.cache.clear()
+        assert self.is_separable()
+        assert len(compared) == 2
+
+    def test_sees_that_a_table_is_no_longer_separable(self):
+        assert self.is_separable()
+        with torch.no_grad():
+            self.table[20, 3] += 1
+        assert not self.is_separable()
+        self.table.data = sincos_position_table(16)
+        assert self.is_separable()
+        self.table = torch.nn.Parameter(torch.randn(256, 16), requires_grad=False)
+        assert not self.is_separable()
+
+    def test_takes_a_trained_table_for_one_that_is_not_separable(self):
+        self.table.requires_grad_(True)
+        assert not self.is_separable()
 
 
 def test_axes_of_a_table():

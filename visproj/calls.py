@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visproj.errors import InputError
-from visproj.packing import Packed, read_grids
+from visproj.packing import Packed, Placed, read_grids
 from visproj.positions import Grid
 from visproj.resampler import Resampled, Resampler
 
@@ -87,7 +87,12 @@ class MiniCPMCalls(Resampler):
         if clips is not None:
             times = self.temporal_positions([time for clip in clips for time in clip])
             repeats = torch.tensor(lengths, device=x.device)
-            positions = positions + times.repeat_interleave(repeats, 0, output_size=len(rows))
+            frames = torch.arange(len(times), device=x.device)
+            frames = frames.repeat_interleave(repeats, output_size=len(rows))
+            if isinstance(positions, Placed):
+                positions = positions.plus(times, frames)
+            else:
+                positions = positions + times[frames]
             starts = [0, *accumulate(map(len, clips))]
             lengths = [sum(lengths[a:b]) for a, b in pairwise(starts)]
         packed = Packed(rows, lengths, grids)

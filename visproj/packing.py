@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visproj.checks import check_features
 from visproj.errors import InputError
 from visproj.ops.checks import check_device, check_tensor
+from visproj.ops.eager import placed
 from visproj.positions import Grid, check_grid, grid_of
 
 
@@ -32,6 +35,57 @@ class Packed(NamedTuple):
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Cut ``[T, ...]`` into images."""
         return rows.split(self.lengths)
+
+
+class Placed(NamedTuple):
+    """Positions of tokens, each the sum of a few vectors that many tokens share.
+
+    Attributes:
+        vectors: ``[R, D]``.
+        places: int64 ``[K, T]``, the ``K`` vectors of each token.
+    """
+
+    vectors: Tensor
+    places: Tensor
+
+    def plus(self, vectors: Tensor, places: Tensor) -> Placed:
+        """Add to each token one of ``vectors [R', D]``, that at ``places [T]``."""
+        further = places[None] + len(self.vectors)
+        return Placed(torch.cat([self.vectors, vectors]), torch.cat([self.places, further]))
+
+
+Positions = Tensor | Placed
+
+
+def whole(positions: Positions) -> Tensor:
+    """Return the positions of all tokens, ``[T, D]``."""
+    return positions if isinstance(positions, Tensor) else placed(*positions)
+
+
+def place(tables: Mapping[Grid, Tensor], grids: Sequence[Grid]) -> Placed:
+    """Return the positions of several images as one vector per row and column of each grid.
+
+    Args:
+        tables: Of each grid its table ``[h * w, D]``, which is separable; see
+            :func:`visproj.positions.position_axes`.
+        grids: The grid of each image.
+    """
+    vectors, places, count = [], {}, 0
+    for (h, w), table in tables.items():
+        half = table.shape[1] // 2
+        cells = table.unflatten(0, (h, w))
+        vectors += [F.pad(cells[:, 0, half:], (half, 0)), F.pad(cells[0, :, :half], (0, half))]
+        places[h, w] = _cells(h, w, table.device) + count
+        count += h + w
+    return Placed(torch.cat(vectors), torch.cat([places[grid] for grid in grids], 1))
+
+
+@lru_cache(maxsize=256)
+def _cells(h: int, w: int, device: torch.device) -> Tensor:
+    """Return the numbers ``[2, h * w]`` of each cell's row, and of its column after all rows."""
+    with torch.inference_mode(False):
+        rows, columns = torch.arange(h + w, device=device).split([h, w])
+        return torch.stack([rows.repeat_interleave(w), columns.repeat(h)])
 
 
 def pack(

@@ -186,10 +186,12 @@ class PositionCache:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, Grid, Grid], tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self._separable: tuple[Tensor, tuple[int, int], bool] | None = None
 
     def clear(self) -> None:
-        """Forget every resized table."""
+        """Forget every table."""
         self._entries.clear()
+        self._separable = None
 
     def resize(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
         """Call :func:`resize_position_table`, and cache the result if that is safe."""
@@ -206,6 +208,19 @@ class PositionCache:
             self.clear()
         self._entries[key] = (table, state, resized)
         return resized
+
+    def is_separable(self, table: Tensor, grid: Grid) -> bool:
+        """Return whether a table, of one row per cell, is known to be separable.
+
+        See :func:`position_axes`. The answer is kept; to find it, a GPU is waited for.
+        """
+        if not _cacheable(table):
+            return False
+        state, known = (table._version, table.data_ptr()), self._separable
+        if known is None or known[0] is not table or known[1] != state:
+            axes = position_axes(table.flatten(0, -2), grid)
+            known = self._separable = table, state, axes is not None
+        return known[2]
 
     def __reduce__(self) -> tuple[type[PositionCache], tuple[()]]:
         return PositionCache, ()
@@ -244,6 +259,7 @@ class PositionedModule(nn.Module):
 def _cacheable(table: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or table.requires_grad
         or table.is_inference()
         or table.is_meta

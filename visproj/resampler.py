@@ -12,7 +12,7 @@ from torch import Tensor
 from visproj import ops
 from visproj.checks import check_features
 from visproj.errors import InputError
-from visproj.packing import Packed, pack
+from visproj.packing import Packed, Positions, pack, whole
 from visproj.positions import Grid, PositionedModule, grid_of
 
 Resampled = Tensor | tuple[Tensor, Tensor | list[Tensor]]
@@ -150,11 +150,11 @@ class Resampler(PositionedModule):
         return self.finish(attended), ops.cross_attention_maps(q, keys, **masks)
 
     def resample_packed(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None = None
+        self, packed: Packed, return_attention: bool, positions: Positions | None = None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Resample ``[T, C] -> [B, Q, D]``; with ``return_attention`` also maps ``[H, Q, L_i]``.
 
-        ``positions`` are ``[T, ...]``, by default those of the grids.
+        ``positions`` are those of all tokens, by default those of the grids.
         """
         if positions is None:
             positions = self.packed_positions(packed.grids)
@@ -177,12 +177,12 @@ class Resampler(PositionedModule):
         return out, [ops.cross_attention_maps(q, image[None])[0] for image in keys.split(lengths)]
 
     def _one_by_one(
-        self, packed: Packed, return_attention: bool, positions: Tensor | None
+        self, packed: Packed, return_attention: bool, positions: Positions | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Compute :meth:`resample_packed` with one :meth:`resample` per image."""
         self.query_count(*packed.lengths)  # raises if images have different numbers of queries
         images = packed.split(packed.rows)
-        tables = [None] * len(images) if positions is None else packed.split(positions)
+        tables = [None] * len(images) if positions is None else packed.split(whole(positions))
         masks = {"attn_mask": None, "key_padding_mask": None}
         found = [
             self.resample(rows[None], table, return_attention, **masks)
@@ -205,8 +205,8 @@ class Resampler(PositionedModule):
             keys_values = [torch.cat([t, u.expand(batch, *u.shape)], 1) for t, u in pairs]
         return q, *keys_values
 
-    def packed_positions(self, grids: Sequence[Grid]) -> Tensor | None:
-        """Return the positions of the keys of several images, ``[T, ...]``."""
+    def packed_positions(self, grids: Sequence[Grid]) -> Positions | None:
+        """Return the positions of the keys of several images, one row per token or placed."""
         if not self.positioned:
             return None
         made = {grid: self.positions(grid) for grid in dict.fromkeys(grids)}
@@ -217,7 +217,7 @@ class Resampler(PositionedModule):
         raise NotImplementedError
 
     def project(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, ...]:
         """Compute queries ``[Q, H, d]``, and keys and values ``[B, L, H, d]``.
 

@@ -46,7 +46,7 @@ def check_norm(tensors, eps=1e-12, **options):
     return check_op(op, lambda *t: linear_layer_norm_oracle(*t, eps=eps), tensors, **options)
 
 
-def chain(tensors, positioned, eps=1e-12, backend="triton"):
+def chain(tensors, positioned, eps=1e-12, backend="triton", **others):
     *first, out_weight, out_bias, positions = tensors
     return ops.linear_norm_linear(
         *first,
@@ -56,6 +56,7 @@ def chain(tensors, positioned, eps=1e-12, backend="triton"):
         positions=positions,
         positioned=positioned,
         backend=backend,
+        **others,
     )
 
 
@@ -138,6 +139,32 @@ def test_optional_tensors(L, absent, style, tiles, device):
             tensors[i] = None
     check_chain(tensors)
     check_norm(tensors[:5])
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize(
+    ("L", "rows", "K", "style", "dtype"),
+    [
+        (37, 11, 2, "pointers", "fp32"),
+        (33, 1, 3, "descriptors", "bf16"),
+        (5, 9, 1, "pointers", "fp16"),
+    ],
+)
+def test_placed_positions(B, L, rows, K, style, dtype, tiles, device):
+    """Each token gets the sum of some positions, those that it shares with other tokens."""
+    tiles(style)
+    tensors = linear_norm_linear(B, L, 24, 40, 24, DTYPES[dtype], device)
+    tensors[-1] = random(rows, 40, dtype=DTYPES[dtype], device=device)
+    places = torch.randint(rows, (K, L), device=device)
+
+    def op(*tensors, backend):
+        return chain(tensors, 16, backend=backend, places=places)
+
+    def oracle(*tensors):
+        *others, positions = tensors
+        return linear_norm_linear_oracle(*others, positions[places].sum(0), 16)
+
+    check_op(op, oracle, tensors)
 
 
 @pytest.mark.parametrize("used", ["both", "rows", "queries"])

@@ -68,6 +68,12 @@ def images_inputs(form, **options):
 
 FORMS = ("packed", "separate", "packed batched", "separate batched masked", "packed masked")
 IMAGES = ("images", "images separate")
+CHAINS = ("linear_norm_linear", "linear_norm_linear placed")
+
+
+def places_of(rows, device):
+    """Two of ``rows`` positions for every token."""
+    return torch.randint(rows, (2, L), device=device)
 
 
 def forward(case, save, **options):
@@ -75,14 +81,13 @@ def forward(case, save, **options):
     if case == "linear_layer_norm":
         x = norm_inputs(**options)
         return linear_layer_norm._linear_layer_norm_fwd.custom, (*x, 1e-5, x[0].dtype, save)
-    if case == "linear_norm_linear":
-        return linear_norm_linear._linear_norm_linear_fwd.custom, (
-            *chain_inputs(**options),
-            10,
-            4,
-            1e-5,
-            save,
-        )
+    if case in CHAINS:
+        *tensors, positions, queries = chain_inputs(**options)
+        places = None
+        if case == "linear_norm_linear placed":
+            positions, places = random(3, D, **options), places_of(3, positions.device)
+        others = (positions, queries, places, 10, 4, 1e-5, save)
+        return linear_norm_linear._linear_norm_linear_fwd.custom, (*tensors, *others)
     if case in IMAGES:
         inputs = images_inputs(case, **options)
         starts = torch.tensor([0, *LENGTHS], device=inputs[0].device).cumsum(0).to(torch.int32)
@@ -110,10 +115,10 @@ def backward(case, needs_dx=True, **options):
             *saved,
             needs_dx,
         )
-    if case == "linear_norm_linear":
-        x, weight, _, gain, shift, out_weight, _, positions, queries = args[:9]
+    if case in CHAINS:
+        x, weight, _, gain, shift, out_weight, _, positions, queries, places = args[:10]
         projected, *saved = saved
-        others = (positions, queries, *saved)
+        others = (positions, queries, places, *saved)
         tensors = (torch.randn_like(projected), x, weight, gain, shift, out_weight, *others)
         return linear_norm_linear._linear_norm_linear_bwd.custom, (
             grad,
@@ -131,7 +136,7 @@ def backward(case, needs_dx=True, **options):
     return attention._cross_attention_bwd.custom, (grad, *args[:4], out, *saved)
 
 
-CASES = ["linear_layer_norm", "linear_norm_linear", *FORMS, *IMAGES]
+CASES = ["linear_layer_norm", *CHAINS, *FORMS, *IMAGES]
 
 
 @pytest.mark.parametrize("case", CASES)

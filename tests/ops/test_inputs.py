@@ -9,6 +9,7 @@ from visproj import ops
 from visproj.errors import InputError
 
 C, D, N, L, H, d = 4, 8, 3, 5, 2, 4
+PLACES = torch.zeros(2, L, dtype=torch.int64)
 
 
 def arguments(name):
@@ -64,7 +65,8 @@ def call(operation, **changes):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_arguments_are_good(operation):
-    parameters = set(inspect.signature(getattr(ops, operation)).parameters) - {"backend"}
+    others = {"backend", "places"}  # see test_places
+    parameters = set(inspect.signature(getattr(ops, operation)).parameters) - others
     assert set(arguments(operation)) | {"eps"} == parameters | {"eps"}
     found = call(operation)
     assert all(out.numel() for out in (found if isinstance(found, tuple) else (found,)))
@@ -127,6 +129,39 @@ def test_positioned(positioned):
     """Of those outputs that are not the queries'."""
     with pytest.raises(InputError, match="positioned must be an int between 0 and 2, got"):
         call("linear_norm_linear", positioned=positioned)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"places": [[0]]}, TypeError, "places must be a tensor, got list"),
+        ({"places": torch.zeros(2, L)}, TypeError, "places must be int64, got torch.float32"),
+        ({"places": torch.zeros(2, L).int()}, TypeError, "places must be int64, got torch.int32"),
+        (
+            {"places": torch.zeros(L).long()},
+            InputError,
+            r"places must be \[K, 5\], got shape \[5\]",
+        ),
+        ({"places": torch.zeros(2, 4).long()}, InputError, r"must be \[K, 5\], got shape \[2, 4\]"),
+        ({"places": torch.zeros(0, L).long()}, InputError, r"must be \[K, 5\], got shape \[0, 5\]"),
+        ({"places": PLACES.to("meta")}, InputError, "places and x must be on one device"),
+        ({"places": PLACES, "positions": None}, InputError, "places need positions"),
+        (
+            {"places": PLACES, "positions": torch.ones(3, 7)},
+            InputError,
+            r"positions must have shape \[3, 8\], got \[3, 7\]",
+        ),
+        (
+            {"places": PLACES, "positions": torch.ones(())},
+            InputError,
+            r"positions must have shape \[0, 8\], got \[\]",
+        ),
+        ({"places": PLACES, "positions": "no"}, TypeError, "positions must be a tensor, got str"),
+    ],
+)
+def test_places(change, error, message):
+    with pytest.raises(error, match=message):
+        call("linear_norm_linear", **change)
 
 
 @pytest.mark.parametrize("queried", [-1, N + 1, 1.5, None])

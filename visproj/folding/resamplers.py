@@ -76,9 +76,7 @@ class FoldedResampler(FoldedProjector, Resampler):
         """See :meth:`Resampler.takes_apart`."""
         return not self.absorbed
 
-    def project(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
-    ) -> tuple[Tensor, ...]:
+    def project(self, features: Tensor, positions: Any, queries: int | None) -> tuple[Tensor, ...]:
         """See :meth:`Resampler.project`; keys and values are one tensor."""
         kv = self.kv(features, positions).unflatten(-1, (2, self.num_heads, -1))
         wanted: Any = self.queries

@@ -36,6 +36,7 @@ def linear_norm_linear(
     out_bias: Tensor | None,
     positions: Tensor | None,
     queries: Tensor | None,
+    places: Tensor | None,
     positioned: int,
     queried: int,
     eps: float,
@@ -49,9 +50,19 @@ def linear_norm_linear(
     split = (positioned, out_weight.shape[0] - positioned)
     weights = out_weight.split(split)
     biases = (None, None) if out_bias is None else out_bias.split(split)
-    rows = (normal + positions, normal)
+    rows = (normal + placed(positions, places), normal)
     outs = [F.linear(*parts) for parts in zip(rows, weights, biases, strict=True)]
     return torch.cat(outs, -1), projected
+
+
+def placed(rows: Tensor, places: Tensor | None) -> Tensor:
+    """Return for each column of ``places [K, L]`` the sum of the ``rows`` that it names."""
+    if places is None:
+        return rows
+    first, *others = (rows[index] for index in places)
+    for other in others:
+        first += other
+    return first
 
 
 def queried_and_others(

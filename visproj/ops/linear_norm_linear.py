@@ -21,7 +21,14 @@ from visproj.ops.autograd import (
     saved_like,
     saves_for_backward,
 )
-from visproj.ops.checks import check_all_floating, check_operands, to_autocast_dtype
+from visproj.ops.checks import (
+    check_all_floating,
+    check_device,
+    check_floating,
+    check_operands,
+    check_tensor,
+    to_autocast_dtype,
+)
 
 
 class Inputs(NamedTuple):
@@ -36,6 +43,7 @@ class Inputs(NamedTuple):
     out_bias: Tensor | None
     positions: Tensor | None
     queries: Tensor | None
+    places: Tensor | None
     positioned: int
     queried: int
     eps: float
@@ -54,6 +62,7 @@ class BackwardInputs(NamedTuple):
     out_weight: Tensor
     positions: Tensor | None
     queries: Tensor | None
+    places: Tensor | None
     y: Tensor  # x Wᵀ + b
     mean: Tensor  # mean of the rows of y
     rstd: Tensor  # reciprocal deviation of the rows of y
@@ -76,6 +85,7 @@ def linear_norm_linear(
     out_bias: Tensor | None,
     *,
     positions: Tensor | None = None,
+    places: Tensor | None = None,
     positioned: int = 0,
     queries: Tensor | None = None,
     queried: int = 0,
@@ -98,6 +108,9 @@ def linear_norm_linear(
         positions: ``[L, D]`` or ``None``: added to the normalised rows of every image, but only for
             the first ``positioned`` of the ``N`` outputs. They are multiplied by ``V`` once for all
             images.
+        places: int64 ``[K, L]`` or ``None``: then ``positions`` are ``[R, D]``, and row ``i`` of
+            every image gets the sum of the ``K`` positions at ``places[:, i]``. Only ``R`` rows are
+            multiplied by ``V``. The values are not checked.
         positioned: Number of outputs that get positions.
         queries: ``[Q, D]`` or ``None``: rows that are multiplied by the first ``queried`` rows of
             ``V``, without LayerNorm or positions. So ``V`` can be an attention's joint weight for
@@ -117,7 +130,7 @@ def linear_norm_linear(
     Source: DeepSpeed-VisualChat ``utils/model/vis_proj.py``, ``VisProjection_perceiver``.
     """
     operands = (x, weight, bias, gain, shift, out_weight, out_bias, positions, queries)
-    inputs = Inputs(*operands, positioned, queried, eps, save=False)
+    inputs = Inputs(*operands, places, positioned, queried, eps, save=False)
     _check(inputs)
     D, N = weight.shape[0], out_weight.shape[0] - queried
     too_wide = f"D is {D}, more than {MAX_NORM_WIDTH}" if D > MAX_NORM_WIDTH else None
@@ -125,7 +138,7 @@ def linear_norm_linear(
         out, projected = eager.linear_norm_linear(*inputs[:-1])
     else:
         save = saves_for_backward(*operands)
-        given = (*to_autocast_dtype(*operands), positioned, queried, eps, save)
+        given = (*to_autocast_dtype(*operands), places, positioned, queried, eps, save)
         out, projected, *_ = _linear_norm_linear_fwd(*given, differentiable=save)
     return out if queries is None else (out, projected)
 
@@ -149,7 +162,7 @@ def _check(inputs: Inputs) -> None:
         "shift": (inputs.shift, (D,)),
         "out_weight": (out_weight, (N, D)),
         "out_bias": (inputs.out_bias, (N,)),
-        "positions": (inputs.positions, (x.shape[1], D)),
+        "positions": (inputs.positions, (_position_rows(inputs), D)),
     }
     queries = inputs.queries
     if queries is not None:
@@ -162,6 +175,23 @@ def _check(inputs: Inputs) -> None:
     N -= inputs.queried
     if not isinstance(inputs.positioned, int) or not 0 <= inputs.positioned <= N:
         raise InputError(f"positioned must be an int between 0 and {N}, got {inputs.positioned}")
+
+
+def _position_rows(inputs: Inputs) -> int:
+    """Return how many positions there must be; raise unless ``places`` fit."""
+    positions, places, length = inputs.positions, inputs.places, inputs.x.shape[1]
+    if places is None:
+        return length
+    if positions is None:
+        raise InputError("places need positions")
+    check_floating("positions", positions)
+    check_tensor("places", places)
+    check_device("places", places, "x", inputs.x)
+    if places.dtype != torch.int64:
+        raise TypeError(f"places must be int64, got {places.dtype}")
+    if places.ndim != 2 or not places.shape[0] or places.shape[1] != length:
+        raise InputError(f"places must be [K, {length}], got shape {list(places.shape)}")
+    return positions.shape[0] if positions.ndim else 0
 
 
 def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
@@ -179,6 +209,7 @@ def _run_fwd(*inputs: Any) -> tuple[Tensor | None, ...]:
         projected = F.linear(given.queries, query_weight, query_bias)
     if given.positions is not None:
         table = F.linear(given.positions, out_weight[: given.positioned])
+        table = eager.placed(table, given.places)
     # PyTorch's matmul copies x first if it is not contiguous, as features without their CLS row
     # are. The kernel reads them in place.
     y = F.linear(x, weight, bias) if x.is_contiguous() else linear_fwd(x, weight, Epilogue(bias))
@@ -236,7 +267,11 @@ def _run_bwd(*inputs: Any) -> list[Tensor]:
     if given.needs_dx:
         gradients.append((dy @ given.weight).reshape(x.shape))
     if given.positions is not None:
-        dtable = grad[..., : given.positioned].sum(0)  # [L, positioned]
+        dtable = grad[..., : given.positioned]
+        if given.places is None:
+            dtable = dtable.sum(0)  # [L, positioned]
+        else:
+            dtable = _summed_by_place(dtable, given.places, len(given.positions))
         dout_weight[: given.positioned].addmm_(dtable.T, given.positions)
         if given.needs_dpositions:
             gradients.append(dtable @ out_weight[: given.positioned])
@@ -251,6 +286,17 @@ def _run_bwd(*inputs: Any) -> list[Tensor]:
     return gradients
 
 
+def _summed_by_place(grad: Tensor, places: Tensor, count: int) -> Tensor:
+    """Return ``[count, N]``: the sums of those rows of ``grad [B, L, N]`` that have a place.
+
+    Summed at least in fp32 and in a fixed order.
+    """
+    rows = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    add = torch.ops.aten.embedding_dense_backward
+    sums = torch.stack([add(rows, index, count, -1, False) for index in places])
+    return sums.sum(0).to(grad.dtype)
+
+
 _linear_norm_linear_bwd = Operation("linear_norm_linear_bwd", BackwardInputs, "Tensor[]", _run_bwd)
 
 
@@ -260,7 +306,9 @@ def _(*inputs: Any) -> list[Tensor]:
     x, queries = given.x, given.queries
     N, D = given.out_weight.shape
     shapes: list[tuple[int, ...]] = [given.weight.shape, (D,), (D,), (D,), (N, D), (N,)]
-    shapes += [x.shape] * given.needs_dx + [(x.shape[1], D)] * given.needs_dpositions
+    shapes += [x.shape] * given.needs_dx
+    if given.positions is not None and given.needs_dpositions:
+        shapes.append(given.positions.shape)
     if queries is not None and given.needs_dqueries:
         shapes.append(queries.shape)
     return [x.new_empty(shape) for shape in shapes]
@@ -274,7 +322,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     x, weight, gain, shift = given.x, given.weight, given.gain, given.shift
     ctx.shape = output[0].shape
-    others = given.positions, given.queries
+    others = given.positions, given.queries, given.places
     ctx.save_for_backward(x, weight, gain, shift, given.out_weight, *others, *output[2:])
 
 

@@ -24,6 +24,7 @@ from visproj.folding.modules import (
 )
 from visproj.folding.resamplers import FoldedAria, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, why_touched
+from visproj.packing import Positions
 from visproj.projectors.attention import MultiheadResampler
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "linear")
@@ -136,7 +137,7 @@ class AriaProjector(MultiheadResampler, AriaCalls):
         return why_touched(self.cross_attn) is None and super().takes_apart()
 
     def tokens(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`MultiheadResampler.tokens`."""
         cross: Any = self.cross_attn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from visproj.folding.modules import check_foldable, copied_linear, copied_norm
 from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
 from visproj.ops.cross_attention import cast_mask, check_masks
+from visproj.packing import Placed, Positions, place, whole
 from visproj.positions import (
     Grid,
     check_grid,
@@ -48,7 +50,7 @@ class MultiheadResampler(Resampler):
     attention: ClassVar[str] = "attn"
 
     def tokens(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the inputs of the attention: queries ``[Q, D]``, keys, values ``[B, L, D]``."""
         raise NotImplementedError
@@ -79,7 +81,7 @@ class MultiheadResampler(Resampler):
         return self.finish_projected(out), maps
 
     def project(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, ...]:
         """See :meth:`Resampler.project`."""
         attn = self._attention()
@@ -158,12 +160,22 @@ class AttentionResampler(MultiheadResampler):
         """See :meth:`Resampler.positions`."""
         return self._resized(self.pos_embed, self.query_grid, grid)
 
+    def packed_positions(self, grids: Sequence[Grid]) -> Positions | None:
+        """See :meth:`Resampler.packed_positions`; on the kernels placed, if they are separable."""
+        if not (ops.runs_triton(self.query) and self._is_separable()):
+            return super().packed_positions(grids)
+        return place({grid: self.positions(grid) for grid in grids}, grids)
+
+    def _is_separable(self) -> bool:
+        """Return whether the keys' positions are known to be separable for every grid."""
+        return self._positions.is_separable(self.pos_embed, self.query_grid)
+
     def latents(self) -> Tensor:
         """Compute the queries ``[Q, D]`` as inputs of the attention."""
         return self.ln_q(self.query) + self.pos_embed
 
     def project(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, ...]:
         """See :meth:`Resampler.project`.
 
@@ -171,13 +183,15 @@ class AttentionResampler(MultiheadResampler):
         projected once for all images.
         """
         if ops.runs_triton(features) and is_plain(self, _NORMALISED):
+            vectors, places = positions if isinstance(positions, Placed) else (positions, None)
             kv, q = linear_norm_linear(
                 features,
                 self.kv_proj,
                 self.ln_kv,
                 self.attn.in_proj_weight,
                 self.attn.in_proj_bias,
-                positions=positions,
+                positions=vectors,
+                places=places,
                 positioned=self.embed_dim,
                 queries=self.latents(),
                 queried=self.embed_dim,
@@ -187,11 +201,11 @@ class AttentionResampler(MultiheadResampler):
         return super().project(features, positions, queries)
 
     def tokens(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`MultiheadResampler.tokens`."""
         values = self._normalised(features)
-        return self.latents(), values if positions is None else values + positions, values
+        return self.latents(), values if positions is None else values + whole(positions), values
 
     def _normalised(self, features: Tensor) -> Tensor:
         """Compute ``LN_kv(x W_kvᵀ + b_kv)``, ``[B, L, D]``."""

@@ -16,6 +16,7 @@ from visproj.folding.key_values import Constants, KeyValues
 from visproj.folding.modules import check_foldable, copied_linear
 from visproj.folding.resamplers import FoldedKosmos2, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, why_touched
+from visproj.packing import Positions
 
 _LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj")
 _READS: Reads = {"dense": nn.Linear, **{f"x_attn.{name}": nn.Linear for name in _LINEARS}}
@@ -93,7 +94,7 @@ class Kosmos2Projection(Kosmos2Calls):
         return self._whole() is None
 
     def project(
-        self, features: Tensor, positions: Tensor | None, queries: int | None
+        self, features: Tensor, positions: Positions | None, queries: int | None
     ) -> tuple[Tensor, ...]:
         """See :meth:`Resampler.project`."""
         attn: Any = self.x_attn

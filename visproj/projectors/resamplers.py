@@ -164,6 +164,10 @@ class MiniCPMResampler(_MiniCPMTail, MiniCPMCalls):
                 self.pos_embed = table
         return table[: grid[0], : grid[1]].flatten(0, 1).to(self.query)
 
+    def _is_separable(self) -> bool:
+        high, wide, _ = self.pos_embed.shape  # a larger one is sine-cosine, which is separable
+        return self._positions.is_separable(self.pos_embed, (high, wide))
+
     def positions_at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """See :meth:`MiniCPMCalls.positions_at`."""
         high, wide, _ = self.pos_embed.shape
