@@ -249,7 +249,6 @@ def main() -> None:
                 "PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}",
                 "VISPROJ_CACHE_DIR": str(Path(work, "cache")),
                 "HF_HUB_OFFLINE": "1",
-                "PIP_COMPILE": "0",  # compile only what is imported
             }
             run(install, clone, environment)
             if not number:
