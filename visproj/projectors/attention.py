@@ -164,7 +164,7 @@ class AttentionResampler(MultiheadResampler):
         """See :meth:`Resampler.packed_positions`; on the kernels placed, if they are separable."""
         if not (ops.runs_triton(self.query) and self._is_separable()):
             return super().packed_positions(grids)
-        return place({grid: self.positions(grid) for grid in grids}, grids)
+        return place({grid: self.positions(grid) for grid in dict.fromkeys(grids)}, grids)
 
     def _is_separable(self) -> bool:
         """Return whether the keys' positions are known to be separable for every grid."""
