@@ -38,23 +38,50 @@ def every_choice(arch, dtype):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-# Each class is a unit of work for xdist. fp16 has bf16's configurations and instructions, so it is
-# compiled for one architecture of each kind of matrix instruction.
-@pytest.mark.slow
-class TestHalfPrecision:
-    @pytest.mark.parametrize(
-        ("arch", "dtype"),
-        [*((arch, "bf16") for arch in codegen.LIMITS), *((arch, "fp16") for arch in (80, 90, 100))],
-    )
-    def test_every_choice(self, arch, dtype):
-        every_choice(arch, dtype)
+class Choices:
+    """Every choice of one architecture; each subclass is a unit of work for xdist."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+    def test_every_choice(self, dtype):
+        every_choice(self.arch, dtype)
 
 
-@pytest.mark.slow
-class TestSinglePrecision:
-    @pytest.mark.parametrize("arch", codegen.LIMITS)
-    def test_every_choice(self, arch):
-        every_choice(arch, "fp32")
+class ChoicesOfHalf(Choices):
+    """fp16 has bf16's configurations: compiled once for each kind of matrix instruction."""
+
+    @pytest.mark.slow
+    def test_every_choice_of_half(self):
+        every_choice(self.arch, "fp16")
+
+
+class TestSM80(ChoicesOfHalf):
+    arch = 80
+
+
+class TestSM86(Choices):
+    arch = 86
+
+
+class TestSM89(Choices):
+    arch = 89
+
+
+class TestSM90(ChoicesOfHalf):
+    arch = 90
+
+
+class TestSM100(ChoicesOfHalf):
+    arch = 100
+
+
+class TestSM120(Choices):
+    arch = 120
+
+
+def test_every_architecture_is_compiled():
+    classes = {*Choices.__subclasses__(), *ChoicesOfHalf.__subclasses__()} - {ChoicesOfHalf}
+    assert {found.arch for found in classes} == set(codegen.LIMITS)
 
 
 @pytest.mark.slow
