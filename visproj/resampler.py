@@ -12,7 +12,7 @@ from torch import Tensor
 from visproj import ops
 from visproj.checks import check_features
 from visproj.errors import InputError
-from visproj.packing import Packed, Positions, pack, whole
+from visproj.packing import Packed, Positions, pack, place, whole
 from visproj.positions import Grid, PositionedModule, grid_of
 
 Resampled = Tensor | tuple[Tensor, Tensor | list[Tensor]]
@@ -210,6 +210,8 @@ class Resampler(PositionedModule):
         if not self.positioned:
             return None
         made = {grid: self.positions(grid) for grid in dict.fromkeys(grids)}
+        if self.takes_placed():
+            return place(made, grids)
         return torch.cat([made[grid] for grid in grids])
 
     def positions(self, grid: Grid) -> Tensor:
@@ -225,6 +227,10 @@ class Resampler(PositionedModule):
         queries to return; ``None`` means all.
         """
         raise NotImplementedError
+
+    def takes_placed(self) -> bool:
+        """Return whether :meth:`project` takes the positions of several images placed."""
+        return False
 
     def takes_apart(self) -> bool:
         """Return whether :meth:`resample` runs :meth:`project`, attention and :meth:`finish`."""

@@ -42,20 +42,12 @@ class Choices:
     """Every choice of one architecture; each subclass is a unit of work for xdist."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+    @pytest.mark.parametrize("dtype", codegen.DTYPES)
     def test_every_choice(self, dtype):
         every_choice(self.arch, dtype)
 
 
-class ChoicesOfHalf(Choices):
-    """fp16 has bf16's configurations: compiled once for each kind of matrix instruction."""
-
-    @pytest.mark.slow
-    def test_every_choice_of_half(self):
-        every_choice(self.arch, "fp16")
-
-
-class TestSM80(ChoicesOfHalf):
+class TestSM80(Choices):
     arch = 80
 
 
@@ -67,11 +59,11 @@ class TestSM89(Choices):
     arch = 89
 
 
-class TestSM90(ChoicesOfHalf):
+class TestSM90(Choices):
     arch = 90
 
 
-class TestSM100(ChoicesOfHalf):
+class TestSM100(Choices):
     arch = 100
 
 
@@ -80,8 +72,7 @@ class TestSM120(Choices):
 
 
 def test_every_architecture_is_compiled():
-    classes = {*Choices.__subclasses__(), *ChoicesOfHalf.__subclasses__()} - {ChoicesOfHalf}
-    assert {found.arch for found in classes} == set(codegen.LIMITS)
+    assert {found.arch for found in Choices.__subclasses__()} == set(codegen.LIMITS)
 
 
 @pytest.mark.slow

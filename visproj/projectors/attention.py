@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from visproj.folding.modules import check_foldable, copied_linear, copied_norm
 from visproj.folding.resamplers import FoldedPerceiver, FoldedResampler, folded_resampler
 from visproj.fusion import Reads, is_plain, linear_layer_norm, linear_norm_linear
 from visproj.ops.cross_attention import cast_mask, check_masks
-from visproj.packing import Placed, Positions, place, whole
+from visproj.packing import Placed, Positions, whole
 from visproj.positions import (
     Grid,
     check_grid,
@@ -160,11 +159,9 @@ class AttentionResampler(MultiheadResampler):
         """See :meth:`Resampler.positions`."""
         return self._resized(self.pos_embed, self.query_grid, grid)
 
-    def packed_positions(self, grids: Sequence[Grid]) -> Positions | None:
-        """See :meth:`Resampler.packed_positions`; on the kernels placed, if they are separable."""
-        if not (ops.runs_triton(self.query) and self._is_separable()):
-            return super().packed_positions(grids)
-        return place({grid: self.positions(grid) for grid in dict.fromkeys(grids)}, grids)
+    def takes_placed(self) -> bool:
+        """See :meth:`Resampler.takes_placed`; true on the kernels for separable positions."""
+        return ops.runs_triton(self.query) and self._is_separable()
 
     def _is_separable(self) -> bool:
         """Return whether the keys' positions are known to be separable for every grid."""
